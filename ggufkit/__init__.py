@@ -1,0 +1,3 @@
+"""ggufkit: from a checkpoint to a quantized, measured, runnable GGUF."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,249 @@
+"""The frozen values that stages take and give.
+
+They hold facts and no behaviour beyond looking at those facts; all of them
+turn into JSON with :func:`to_json`.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Json = Any
+"""A value that :mod:`json` can write."""
+
+
+def to_json(value: Any) -> Json:
+    """Turn values (dataclasses, paths, tuples, mappings) into plain JSON types."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(k): to_json(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(v) for v in value]
+    return value
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Hugging Face checkpoint on disk.
+
+    Attributes:
+        path: the directory with config, tokenizer and safetensors shards.
+        name: short name for files, such as ``SmolLM2-135M-Instruct``.
+        origin: where it came from, such as ``hf:ORG/NAME@REVISION``.
+        digest: SHA-256 over the sorted names and digests of its files.
+        notes: things every later report must say, such as ``dequantized source``.
+    """
+
+    path: Path
+    name: str
+    origin: str
+    digest: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """SHA-256 (hex) and size of one file."""
+
+    sha256: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class RunManifest:
+    """What a stage did: written last, beside its outputs.
+
+    Attributes:
+        stage: name of the stage, such as ``quantize``.
+        version: the stage's own version; raised when its output changes.
+        key: hex key over stage, version, inputs, options and tool.
+        model: name of the model that it belongs to.
+        inputs: digests of what went in, by role.
+        options: every option that can change the output.
+        tool: identity of the tools and libraries used.
+        outputs: relative file name to digest and size.
+        facts: what came out: numbers to report, measured at the time.
+        created: UTC time, ISO 8601.
+        seconds: how long the work took.
+    """
+
+    stage: str
+    version: int
+    key: str
+    model: str
+    inputs: dict[str, Json]
+    options: dict[str, Json]
+    tool: dict[str, Json]
+    outputs: dict[str, FileDigest]
+    facts: dict[str, Json]
+    created: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """The published directory of a stage and its manifest.
+
+    ``reused`` is true if it was there already and its outputs still hash right.
+    """
+
+    path: Path
+    manifest: RunManifest
+    reused: bool
+
+    def file(self, suffix: str = "") -> Path:
+        """The only output whose name ends with ``suffix``."""
+        names = [n for n in self.manifest.outputs if n.endswith(suffix)]
+        if len(names) != 1:
+            raise LookupError(f"{self.path} has {len(names)} outputs that end with '{suffix}'")
+        return self.path / names[0]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a GGUF: shape in GGUF order (columns first), type, bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    offset: int
+    nbytes: int
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements."""
+        count = 1
+        for n in self.shape:
+            count *= n
+        return count
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """What the header of a GGUF says.
+
+    Attributes:
+        path: the file.
+        version: GGUF version.
+        nbytes: size of the file.
+        metadata: keys and values; long arrays (tokens, merges) as lists.
+        tensors: in file order; ``offset`` counts from the start of the file.
+    """
+
+    path: Path
+    version: int
+    nbytes: int
+    metadata: dict[str, Json]
+    tensors: tuple[TensorInfo, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements of all tensors."""
+        return sum(t.parameters for t in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of tensor data per element, over all tensors."""
+        return 8 * sum(t.nbytes for t in self.tensors) / max(1, self.parameters)
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """One quantized file: what was asked for and what was got.
+
+    Attributes:
+        path: the GGUF.
+        type: quantization type asked for, such as ``Q4_K_M``.
+        awq: whether AWQ scales were folded in.
+        bits_per_weight_asked: what the type promises when every tensor can have it.
+        bits_per_weight: what the file has, over all its tensors.
+        fallbacks: type that tensors fell back to, and how many did.
+        tensors: number of tensors in the file.
+        nbytes: size of the file.
+        seconds: time of the work (of the original run when reused).
+        reused: whether it was there already.
+        notes: remarks to show beside it.
+    """
+
+    path: Path
+    type: str
+    awq: bool
+    bits_per_weight_asked: float
+    bits_per_weight: float
+    fallbacks: dict[str, int]
+    tensors: int
+    nbytes: int
+    seconds: float
+    reused: bool
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text to calibrate on or to measure with.
+
+    Attributes:
+        name: what the user asked for, such as ``wikitext``.
+        digest: SHA-256 of its UTF-8 bytes.
+        path: a UTF-8 file that holds it.
+        nbytes: its size.
+        source: where it came from, in words.
+    """
+
+    name: str
+    digest: str
+    path: Path
+    nbytes: int
+    source: str
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Perplexity of one model on one text.
+
+    Attributes:
+        model: path of the GGUF.
+        text: name of the text.
+        perplexity: llama-perplexity's final estimate.
+        error: its standard error, same unit.
+        tokens: tokens of the text that were read.
+        chunks: number of contexts scored.
+        context: tokens per chunk.
+        tokens_per_second: read tokens over the time of the whole pass.
+        peak_rss_nbytes: peak resident memory of the tool.
+        file_nbytes: size of the model's file.
+        seconds: wall time of the tool.
+        reused: whether the stored result of an earlier run was used.
+    """
+
+    model: Path
+    text: str
+    perplexity: float
+    error: float
+    tokens: int
+    chunks: int
+    context: int
+    tokens_per_second: float
+    peak_rss_nbytes: int
+    file_nbytes: int
+    seconds: float
+    reused: bool = False
+
+
+@dataclass(frozen=True)
+class QuantRecipe:
+    """How a GGUF is quantized: everything that changes the bytes written.
+
+    Attributes:
+        type: quantization type in llama-quantize's spelling.
+        tensor_types: exact tensor name to ggml type, overriding the mixture.
+        imatrix: digest of the importance matrix, or empty.
+    """
+
+    type: str
+    tensor_types: dict[str, str] = field(default_factory=dict)
+    imatrix: str = ""
