@@ -1,0 +1,21 @@
+"""Hugging Face checkpoints: look into them, stream their tensors, write them."""
+
+from ggufkit.checkpoint.index import (
+    CheckpointIndex,
+    TensorEntry,
+    checkpoint_files,
+    digest_checkpoint,
+    open_checkpoint,
+)
+from ggufkit.checkpoint.tensors import TensorReader
+from ggufkit.checkpoint.write import write_checkpoint
+
+__all__ = [
+    "CheckpointIndex",
+    "TensorEntry",
+    "TensorReader",
+    "checkpoint_files",
+    "digest_checkpoint",
+    "open_checkpoint",
+    "write_checkpoint",
+]
