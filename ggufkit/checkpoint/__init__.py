@@ -6,6 +6,7 @@ from ggufkit.checkpoint.index import (
     checkpoint_files,
     digest_checkpoint,
     open_checkpoint,
+    open_config,
 )
 from ggufkit.checkpoint.tensors import TensorReader
 from ggufkit.checkpoint.write import write_checkpoint
@@ -17,5 +18,6 @@ __all__ = [
     "checkpoint_files",
     "digest_checkpoint",
     "open_checkpoint",
+    "open_config",
     "write_checkpoint",
 ]

@@ -132,12 +132,7 @@ def open_checkpoint(
         IntegrityError: a file is truncated or malformed.
     """
     directory = Path(path)
-    _check_directory(directory)
-    config = _read_config(directory)
-    _check_not_quantized(directory, config)
-    if not trust_remote_code:
-        _check_no_remote_code(directory, config)
-    _check_tokenizer(directory)
+    config = open_config(directory, trust_remote_code=trust_remote_code)
     shards, weight_map = _find_shards(directory)
     if not shards:
         return CheckpointIndex(
@@ -162,6 +157,24 @@ def open_checkpoint(
             "Fetch the model again: index and shards do not belong together",
         )
     return CheckpointIndex(directory, config, shards, tensors, metadata)
+
+
+def open_config(path: Path, *, trust_remote_code: bool = False) -> dict[str, Json]:
+    """Check all but the weights, so that a download can stop before them.
+
+    Returns:
+        ``config.json``.
+
+    Raises:
+        SourceError, CheckpointError, IntegrityError: as :func:`open_checkpoint`.
+    """
+    _check_directory(path)
+    config = _read_config(path)
+    _check_not_quantized(path, config)
+    if not trust_remote_code:
+        _check_no_remote_code(path, config)
+    _check_tokenizer(path)
+    return config
 
 
 def read_safetensors_header(path: Path) -> tuple[list[TensorEntry], dict[str, str]]:
@@ -228,7 +241,10 @@ def digest_checkpoint(path: Path, digest_file: Callable[[Path], str]) -> str:
 
 
 def _is_companion(path: Path) -> bool:
-    if path.name.startswith(".") or path.suffix in WEIGHT_SUFFIXES:
+    # The manifest is the store's: it is about the directory, not part of the model.
+    if path.name.startswith(".") or path.name == "manifest.json":
+        return False
+    if path.suffix in WEIGHT_SUFFIXES:
         return False
     return path.suffix in COMPANION_SUFFIXES or path.name.lower().startswith(COMPANION_STEMS)
 
