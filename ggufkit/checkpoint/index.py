@@ -8,11 +8,12 @@ dangerous happens. Format: https://github.com/huggingface/safetensors#format
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from ggufkit.errors import CheckpointError, IntegrityError, SourceError
@@ -367,7 +368,7 @@ def _find_shards(path: Path) -> tuple[tuple[str, ...], dict[str, str]]:
         raise CheckpointError(f"{index} has no weight_map", "Fetch the file again")
     shards = sorted({str(shard) for shard in weight_map.values()})
     for shard in shards:
-        if PurePosixPath(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
+        if not re.fullmatch(r"[^/\\]+\.safetensors", shard):
             raise IntegrityError(
                 f"{index} names '{shard}', which is not a shard in the same directory",
                 "Do not use this checkpoint: it points out of its own directory",

@@ -140,7 +140,7 @@ def _write_tensor(out: BinaryIO, tensor: "torch.Tensor") -> None:
     import torch
 
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    out.write(memoryview(flat.view(torch.uint8).numpy()))
+    out.write(flat.view(torch.uint8).numpy().data)
 
 
 def _copy_bytes(original: BinaryIO, out: BinaryIO, entry: TensorEntry) -> None:

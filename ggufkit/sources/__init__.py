@@ -55,7 +55,12 @@ def resolve(
         IntegrityError: a file is truncated or malformed.
     """
     request = Request(
-        Store(models_dir), hub or settings.hub(), revision, trust_remote_code, allow_pickle, progress
+        Store(models_dir),
+        hub or settings.hub(),
+        revision,
+        trust_remote_code,
+        allow_pickle,
+        progress,
     )
     source, name = _find_source(model, request.hub)
     result: Checkpoint | Path = source.fetch(name, request)
@@ -75,7 +80,9 @@ def sources() -> dict[str, ModuleType]:
         module = import_module(f"{__name__}.{info.name}")
         for prefix in module.PREFIXES:
             if prefix in found:
-                raise ImportError(f"{module.__name__} and {found[prefix].__name__}: both '{prefix}'")
+                raise ImportError(
+                    f"{module.__name__} and {found[prefix].__name__}: both '{prefix}'"
+                )
             found[prefix] = module
     return found
 

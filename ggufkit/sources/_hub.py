@@ -10,7 +10,6 @@ from pathlib import Path
 
 from ggufkit.checkpoint import open_config
 from ggufkit.errors import CheckpointError, SourceError, UsageError
-from ggufkit.progress import Progress
 from ggufkit.sources._request import Request, model_name
 from ggufkit.store import require_space
 from ggufkit.values import Checkpoint, Json
@@ -203,5 +202,3 @@ def unreachable(
         "Check the network, or name a directory on this machine"
         + fetched_before(prefix, repository, request),
     )
-
-

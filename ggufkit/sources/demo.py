@@ -187,17 +187,14 @@ def _float(value: float) -> float:
 
 
 def _config(reader: "GGUFReader") -> dict[str, Json]:
-    heads = int(_value(reader, "llama.attention.head_count"))
-    hidden = int(_value(reader, "llama.embedding_length"))
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": hidden,
+        "hidden_size": int(_value(reader, "llama.embedding_length")),
         "intermediate_size": int(_value(reader, "llama.feed_forward_length")),
         "num_hidden_layers": int(_value(reader, "llama.block_count")),
-        "num_attention_heads": heads,
+        "num_attention_heads": int(_value(reader, "llama.attention.head_count")),
         "num_key_value_heads": int(_value(reader, "llama.attention.head_count_kv")),
-        "head_dim": hidden // heads,
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,

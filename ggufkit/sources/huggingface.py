@@ -66,13 +66,12 @@ def fetch(name: str, request: Request) -> Checkpoint:
 
 def _no_bars() -> Any:
     """A tqdm class that draws nothing: progress is told by the size on disk."""
-    from huggingface_hub.utils import tqdm
+    from huggingface_hub.utils.tqdm import tqdm
 
-    class Quiet(tqdm):  # type: ignore[type-arg, unused-ignore]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{**kwargs, "disable": True})
+    def disabled(bar: Any, *args: Any, **kwargs: Any) -> None:
+        tqdm.__init__(bar, *args, **{**kwargs, "disable": True})
 
-    return Quiet
+    return type("Quiet", (tqdm,), {"__init__": disabled})
 
 
 @contextmanager

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from ggufkit.errors import SourceError
 from ggufkit.sources._hub import Listing, fetch_repository, split_revision, unreachable
@@ -26,13 +25,9 @@ def fetch(name: str, request: Request) -> Checkpoint:
         SourceError: no such repository or revision, no access, or no network.
         CheckpointError: the repository is not a usable checkpoint.
     """
+    import modelscope
+
     repository, asked = split_revision(name, request.revision)
-    try:
-        import modelscope
-    except ImportError as error:
-        raise SourceError(
-            "The package modelscope is not installed", 'pip install "ggufkit[modelscope]"'
-        ) from error
     revision, _, pin = (asked or DEFAULT_REVISION).partition("+")
     with _translated(repository, revision, request):
         listing = _list_files(repository, revision)
@@ -60,15 +55,13 @@ def fetch(name: str, request: Request) -> Checkpoint:
 
 
 def _list_files(repository: str, revision: str) -> Listing:
-    from modelscope.hub.api import HubApi
+    from modelscope_hub import HubApi
 
-    rows: list[dict[str, Any]] = HubApi().get_model_files(
-        repository, revision=revision, recursive=True
-    )
-    blobs = [row for row in rows if row.get("Type") != "tree"]
-    spelled = sorted(f"{row['Path']}\0{row.get('Sha256', '')}\0{row['Size']}\n" for row in blobs)
+    files = HubApi().list_repo_files(repository, "model", revision=revision, recursive=True)
+    blobs = [file for file in files if not file.is_dir]
+    spelled = sorted(f"{file.path}\0{file.sha256}\0{file.size}\n" for file in blobs)
     digest = hashlib.sha256("".join(spelled).encode()).hexdigest()[:16]
-    return Listing(digest, {str(row["Path"]): int(row["Size"]) for row in blobs})
+    return Listing(digest, {file.path: file.size for file in blobs})
 
 
 @contextmanager

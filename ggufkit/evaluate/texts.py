@@ -1,0 +1,437 @@
+"""Texts to calibrate on and to measure with: built-in ones and files.
+
+Whatever a text comes from, the tools get a UTF-8 file. llama-perplexity reads
+raw bytes, so a parquet file given to it would be scored as compressed bytes;
+containers are therefore read properly here, or refused.
+"""
+
+import ast
+import difflib
+import hashlib
+import json
+import os
+import re
+import sysconfig
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ggufkit import settings
+from ggufkit.errors import IntegrityError, SourceError, UsageError
+from ggufkit.progress import SILENT, Progress
+from ggufkit.values import Text
+
+_ARROW_MAGIC = (b"PAR1", b"ARROW1", b"FEA1", b"\xff\xff\xff\xff")
+_OTHER_MAGIC = {
+    b"GGUF": "a GGUF model",
+    b"PK\x03\x04": "a zip archive",
+    b"\x1f\x8b": "gzip data",
+    b"\xfd7zXZ": "xz data",
+    b"BZh": "bzip2 data",
+    b"\x28\xb5\x2f\xfd": "zstd data",
+    b"%PDF": "a PDF",
+    b"SQLite format 3": "an SQLite database",
+    b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text",
+}
+_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+_ARROW_SUFFIXES = (".parquet", ".arrow", ".feather")
+_MIN_DOCSTRING = 80
+"""Shorter docstrings say little more than the name they stand under."""
+_DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "pydoc_data"}
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A text with a name.
+
+    Attributes:
+        about: what it is, in a few words.
+        make: gives the text and where it came from, out of text directory,
+            cache and progress.
+    """
+
+    about: str
+    make: Callable[[Path | None, Path, Progress], tuple[str, str]]
+
+
+def load_text(
+    spec: str,
+    *,
+    column: str | None = None,
+    text_dir: Path | None = None,
+    cache: Path,
+    progress: Progress = SILENT,
+) -> Text:
+    """Get a text as a UTF-8 file.
+
+    Args:
+        spec: the name of a built-in text, or a file: UTF-8 text, parquet,
+            arrow, feather, or JSON lines.
+        column: column (or key) that holds the text; by default ``text``, else
+            the only one with strings. Rows that all end in a newline are taken
+            for lines of one file, others for documents with a blank line between.
+        text_dir: where offline copies of built-in texts are looked up first
+            (default: the environment's setting).
+        cache: the result is written to ``texts/<digest16>.txt`` in it.
+        progress: who to tell.
+
+    Raises:
+        SourceError: no such text, no text in it, or a kind that cannot be read.
+        IntegrityError: the file is damaged, or not what its name says.
+        UsageError: the column is missing or not to be guessed.
+    """
+    texts = cache / "texts"
+    if built_in := BUILT_IN.get(spec):
+        if column:
+            raise UsageError(f"'{spec}' is a built-in text and has no columns", "Drop --column")
+        content, source = built_in.make(text_dir or settings.text_dir(), texts, progress)
+    else:
+        content, source = read_file(Path(spec).expanduser(), column), spec
+    if not content.strip():
+        raise SourceError(f"{spec} has no text in it", "Give a text of some thousand words")
+    return _write(spec, content, source, texts)
+
+
+def read_file(path: Path, column: str | None = None) -> str:
+    """The text in a file; see :func:`load_text`."""
+    if not path.exists():
+        raise _unknown(path)
+    if path.is_dir():
+        raise SourceError(f"{path} is a directory, not a text", "Name a file in it")
+    with path.open("rb") as file:
+        head = file.read(16)
+    suffix = path.suffix.lower()
+    if head.startswith(_ARROW_MAGIC):
+        return _join(_arrow_rows(path, column))
+    if suffix in _ARROW_SUFFIXES:
+        raise IntegrityError(
+            f"{path} is called {suffix} but begins with {head[:6]!r}", "Fetch the file again"
+        )
+    if suffix in _JSON_SUFFIXES:
+        return _join(_json_rows(path, column))
+    if column:
+        raise UsageError(f"{path} is plain text, which has no column '{column}'", "Drop --column")
+    for magic, kind in _OTHER_MAGIC.items():
+        if head.startswith(magic):
+            raise SourceError(f"{path} is {kind}, not UTF-8 text", _how_to_turn(kind, path))
+    return _plain(path)
+
+
+def _how_to_turn(kind: str, path: Path) -> str:
+    if kind.startswith("UTF-16"):
+        return f"iconv -f UTF-16 -t UTF-8 '{path}' > text.txt"
+    return "Unpack or convert it to a plain text file first"
+
+
+def _unknown(path: Path) -> SourceError:
+    near = difflib.get_close_matches(str(path), BUILT_IN, n=1)
+    hint = f"Did you mean {near[0]}? " if near else ""
+    return SourceError(
+        f"There is no text {path}", f"{hint}Give a file, or one of: {', '.join(BUILT_IN)}"
+    )
+
+
+def _plain(path: Path) -> str:
+    raw = path.read_bytes()
+    if (place := raw.find(0)) >= 0:
+        raise SourceError(
+            f"{path} is binary, not text: it has a NUL byte at offset {place:,}",
+            "Give a UTF-8 text file",
+        )
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        # The codec counts from behind a byte order mark.
+        offset = error.start + (3 if raw.startswith(b"\xef\xbb\xbf") else 0)
+        raise SourceError(
+            f"{path} is not UTF-8: byte 0x{raw[offset]:02x} at offset {offset:,}",
+            f"If it is Latin-1: iconv -f LATIN1 -t UTF-8 '{path}' > text.txt",
+        ) from error
+
+
+def _choose_column(path: Path, asked: str | None, strings: Sequence[str], all_: list[str]) -> str:
+    if asked:
+        if asked in strings:
+            return asked
+        what = "holds no strings" if asked in all_ else "is not there"
+        raise UsageError(
+            f"Column '{asked}' of {path} {what}",
+            f"Columns with text: {', '.join(strings) or 'none'}",
+        )
+    if "text" in strings:
+        return "text"
+    if len(strings) == 1:
+        return strings[0]
+    raise UsageError(
+        f"{path} has {len(strings)} columns with text, and none is called 'text'",
+        f"Name one with --column: {', '.join(strings)}" if strings else "Give another file",
+    )
+
+
+def _json_rows(path: Path, column: str | None) -> list[str]:
+    rows: list[dict[str, Any]] = []
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise SourceError(
+            f"{path} is not UTF-8: offset {error.start:,}", "Convert it with iconv"
+        ) from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise IntegrityError(
+                f"{path}, line {number}: not a JSON value ({error})",
+                "One JSON object on each line is needed (JSON lines)",
+            ) from error
+        if not isinstance(row, dict):
+            raise SourceError(
+                f"{path}, line {number}: not a JSON object",
+                'One object on each line is needed, such as {"text": "..."}',
+            )
+        rows.append(row)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    strings = [n for n in names if all(isinstance(row.get(n, ""), str | None) for row in rows)]
+    chosen = _choose_column(path, column, strings, names)
+    return [row.get(chosen) or "" for row in rows]
+
+
+def _arrow_rows(path: Path, column: str | None) -> list[str]:
+    try:
+        import pyarrow as pa
+        from pyarrow import feather, ipc, parquet
+    except ImportError as error:
+        raise SourceError(
+            f"Reading {path.name} needs the package pyarrow", 'pip install "ggufkit[texts]"'
+        ) from error
+    with path.open("rb") as file:
+        head = file.read(6)
+    try:
+        if head.startswith(b"PAR1"):
+            table = parquet.read_table(path)
+        elif head.startswith(b"\xff\xff\xff\xff"):
+            with pa.OSFile(str(path)) as file:
+                table = ipc.open_stream(file).read_all()
+        else:
+            table = feather.read_table(str(path))
+    except (pa.ArrowException, OSError) as error:
+        raise IntegrityError(
+            f"{path} cannot be read: {str(error).splitlines()[0]}", "Fetch the file again"
+        ) from error
+    kinds = (pa.types.is_string, pa.types.is_large_string)
+    strings = [f.name for f in table.schema if any(is_kind(f.type) for is_kind in kinds)]
+    chosen = _choose_column(path, column, strings, list(table.column_names))
+    return [row or "" for row in table.column(chosen).to_pylist()]
+
+
+def _join(rows: Iterable[str]) -> str:
+    """One text out of rows.
+
+    Rows that end in a newline are the lines of one file, as in the wikitext
+    data sets, whose loader turned the original's blank lines (a space and a
+    newline) into empty rows; they get their space and newline back, which
+    gives the bytes of the original ``wiki.test.raw``. Other rows are documents.
+    """
+    rows = list(rows)
+    full = [row for row in rows if row]
+    if full and all(row.endswith("\n") for row in full):
+        blank = " \n" if all(row.startswith(" ") for row in full) else "\n"
+        return "".join(row or blank for row in rows)
+    return "\n\n".join(full)
+
+
+def _write(name: str, content: str, source: str, texts: Path) -> Text:
+    try:
+        raw = content.encode()
+    except UnicodeEncodeError as error:
+        raise SourceError(
+            f"{name} holds half a surrogate pair at character {error.start:,}", "Repair the text"
+        ) from error
+    digest = hashlib.sha256(raw).hexdigest()
+    path = texts / f"{digest[:16]}.txt"
+    if not path.is_file() or path.stat().st_size != len(raw):
+        texts.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            scratch.write_bytes(raw)
+            os.replace(scratch, path)
+        finally:
+            scratch.unlink(missing_ok=True)
+    return Text(name, digest, path, len(raw), source)
+
+
+# --- wikitext ---------------------------------------------------------------
+
+_WIKITEXT_NBYTES = 1_290_590
+_WIKITEXT_OFFLINE = (
+    "wiki.test.raw",
+    "wikitext-2-raw/wiki.test.raw",
+    "wikitext.txt",
+    "wikitext-2/wiki.test.raw",
+    "wikitext-2/test.txt",
+    "wikitext-2-raw-v1/test-00000-of-00001.parquet",
+    "test-00000-of-00001.parquet",
+    "wikitext.parquet",
+)
+# Hub, data set, file. The zip is the one that llama.cpp's get-wikitext-2.sh takes.
+_WIKITEXT_ONLINE = (
+    ("huggingface", "ggml-org/ci", "wikitext-2-raw-v1.zip"),
+    ("huggingface", "Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet"),
+    ("modelscope", "modelscope/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet"),
+)
+
+
+def _wikitext(text_dir: Path | None, texts: Path, progress: Progress) -> tuple[str, str]:
+    """The test part of wikitext-2-raw-v1, byte for byte ``wiki.test.raw``.
+
+    That file, which llama.cpp's script fetches, is what published perplexities
+    of GGUFs are measured on. transformers' recipe joins rows with blank lines
+    instead and gives other numbers.
+    """
+    for name in _WIKITEXT_OFFLINE if text_dir else ():
+        path = Path(text_dir or "", name)
+        if path.is_file():
+            return _checked_wikitext(read_file(path), str(path), progress)
+    failures = []
+    first = settings.hub()
+    for hub, repository, file in sorted(_WIKITEXT_ONLINE, key=lambda row: row[0] != first):
+        origin = f"{hub} {repository} {file}"
+        try:
+            path = _download(hub, repository, file, texts / "wikitext")
+        except SourceError as error:
+            failures.append(f"{origin}: {error.message}")
+            continue
+        return _checked_wikitext(_read_wikitext(path), origin, progress)
+    raise SourceError(
+        "wikitext cannot be fetched:\n  " + "\n  ".join(failures),
+        "Put wiki.test.raw into a directory and name that with --text-dir, or use another text",
+    )
+
+
+def _read_wikitext(path: Path) -> str:
+    if path.suffix != ".zip":
+        return read_file(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.read("wikitext-2-raw/wiki.test.raw").decode()
+    except (zipfile.BadZipFile, KeyError, UnicodeDecodeError) as error:
+        raise IntegrityError(
+            f"{path} is damaged: {error}", f"Remove {path} and try again"
+        ) from error
+
+
+def _checked_wikitext(content: str, source: str, progress: Progress) -> tuple[str, str]:
+    nbytes = len(content.encode())
+    if nbytes != _WIKITEXT_NBYTES:
+        progress.warn(
+            f"{source} is not the test part of wikitext-2-raw-v1: {nbytes:,} bytes instead of "
+            f"{_WIKITEXT_NBYTES:,}; compare perplexities on it only with each other"
+        )
+    return content, source
+
+
+def _download(hub: str, repository: str, file: str, into: Path) -> Path:
+    """One file of a data set, kept for the next time."""
+    target = into / hub / repository.replace("/", "--")
+    if (target / file).is_file():
+        return target / file
+    try:
+        if hub == "huggingface":
+            from huggingface_hub import hf_hub_download
+
+            hf_hub_download(repository, file, repo_type="dataset", local_dir=target)
+        else:
+            from modelscope import snapshot_download
+
+            snapshot_download(
+                repository, repo_type="dataset", local_dir=str(target), allow_patterns=[file]
+            )
+    except Exception as error:
+        # Both hubs raise dozens of kinds, of several HTTP libraries; all mean the same here.
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise SourceError(reason[0]) from error
+    if not (target / file).is_file():
+        raise SourceError("the file is not there")
+    return target / file
+
+
+# --- Python's own documentation ---------------------------------------------
+
+
+def _topics() -> dict[str, str]:
+    """The language reference that ``help()`` shows, by topic, sorted."""
+    from pydoc_data.topics import topics
+
+    return {k: v.replace("\r\n", "\n").replace("\r", "\n") for k, v in sorted(topics.items())}
+
+
+def _pydoc(*_: object) -> tuple[str, str]:
+    return "\n".join(_topics().values()), "Python's own pydoc_data.topics"
+
+
+def _pydoc_calibration(*_: object) -> tuple[str, str]:
+    topics = list(_topics().values())
+    return "\n".join(topics[::2]), "Python's own pydoc_data.topics, every other topic"
+
+
+def _pydoc_measure(*_: object) -> tuple[str, str]:
+    """The other topics, without paragraphs that stand in the calibration half as well."""
+    topics = list(_topics().values())
+    seen = set(_paragraphs("\n".join(topics[::2])))
+    kept = ["\n\n".join(p for p in _paragraphs(t) if p not in seen) for t in topics[1::2]]
+    source = "Python's own pydoc_data.topics, the topics that pydoc-calibration leaves out"
+    return "\n\n".join(t for t in kept if t) + "\n", source
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [p.strip("\n") for p in re.split(r"\n\s*\n", text) if p.strip()]
+
+
+def _stdlib_docstrings(*_: object) -> tuple[str, str]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = dict.fromkeys(
+        doc for path in _library_files(root) for doc in _docstrings(path) if doc.isascii()
+    )
+    long = [doc for doc in found if len(doc) >= _MIN_DOCSTRING]
+    return "\n\n".join(long) + "\n", "docstrings of Python's own standard library"
+
+
+def _library_files(root: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in root.rglob("*.py")
+        if not _NOT_LIBRARY.intersection(path.relative_to(root).parts[:-1])
+    )
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    """The docstrings in a file's source, which is not run."""
+    raw = path.read_bytes()
+    if b'"""' not in raw and b"'''" not in raw:
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(raw)
+    except (SyntaxError, ValueError):
+        return  # templates and deliberately broken samples; nothing to read there
+    for node in ast.walk(tree):
+        if isinstance(node, _DOCUMENTED) and (doc := ast.get_docstring(node)):
+            yield doc
+
+
+BUILT_IN: dict[str, BuiltIn] = {
+    "wikitext": BuiltIn("test part of wikitext-2-raw-v1", _wikitext),
+    "pydoc": BuiltIn("Python's language reference", _pydoc),
+    "pydoc-calibration": BuiltIn("every other topic of pydoc", _pydoc_calibration),
+    "pydoc-measure": BuiltIn("the topics of pydoc that are left", _pydoc_measure),
+    "stdlib-docstrings": BuiltIn("docstrings of Python's library", _stdlib_docstrings),
+}
+"""All built-in texts by name; a new one is one row."""
