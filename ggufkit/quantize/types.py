@@ -1,0 +1,46 @@
+"""The quantization types that llama-quantize knows, by name.
+
+The names are those of the pinned llama-quantize; a test holds the table
+against what the tool itself prints.
+"""
+
+from difflib import get_close_matches
+
+from ggufkit.errors import UsageError
+
+FLOAT_TYPES = ("F32", "F16", "BF16")
+
+ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+
+TYPES = (
+    *("Q1_0", "Q2_0", "Q4_0", "Q4_1", "MXFP4_MOE", "Q5_0", "Q5_1", "Q8_0"),
+    *("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ1_S", "IQ1_M", "TQ1_0", "TQ2_0"),
+    *("Q2_K", "Q2_K_S", "IQ3_XXS", "IQ3_S", "IQ3_M", "IQ3_XS"),
+    *("Q3_K_S", "Q3_K_M", "Q3_K_L", "IQ4_NL", "IQ4_XS"),
+    *("Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K"),
+    *FLOAT_TYPES,
+    "COPY",
+)
+
+
+def parse_type(name: str) -> str:
+    """The canonical name of a quantization type, whatever its case.
+
+    Raises:
+        UsageError: if there is no such type; suggests the nearest.
+    """
+    upper = name.strip().upper().replace("-", "_")
+    upper = ALIASES.get(upper, upper)
+    if upper in TYPES:
+        return upper
+    near = get_close_matches(upper, (*TYPES, *ALIASES), 1, cutoff=0.5)
+    known = f"Known types: {', '.join(TYPES)}"
+    raise UsageError(
+        f"there is no quantization type '{name}'",
+        f"Did you mean {near[0].lower()}? {known}" if near else known,
+    )
+
+
+def is_float(type: str) -> bool:
+    """Whether a type rounds to floats, so that scales cannot help it."""
+    return type in (*FLOAT_TYPES, "COPY")
