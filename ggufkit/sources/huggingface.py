@@ -69,7 +69,7 @@ def _no_bars() -> Any:
     from huggingface_hub.utils.tqdm import tqdm
 
     def disabled(bar: Any, *args: Any, **kwargs: Any) -> None:
-        tqdm.__init__(bar, *args, **{**kwargs, "disable": True})
+        tqdm.__init__(bar, *args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
 
     return type("Quiet", (tqdm,), {"__init__": disabled})
 
