@@ -4,3 +4,292 @@ Every function takes values and a :class:`~ggufkit.progress.Progress`, and
 returns values; nothing here prints. Rooms are imported inside the functions,
 so that importing this module costs nothing.
 """
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ggufkit import settings
+from ggufkit.errors import UsageError
+from ggufkit.progress import SILENT, Progress
+from ggufkit.values import (
+    Artifact,
+    AwqResult,
+    Calibration,
+    Checkpoint,
+    EvalResult,
+    FetchOptions,
+    QuantizeResult,
+    QuantRecipe,
+)
+
+if TYPE_CHECKING:
+    from ggufkit.store import Store
+
+DEFAULT_TYPES = ("q4_k_m",)
+
+
+def convert(
+    model: str,
+    *,
+    types: Sequence[str] = DEFAULT_TYPES,
+    awq: bool = False,
+    out: Path | None = None,
+    calibration: Calibration | None = None,
+    keep_intermediate: bool = False,
+    models_dir: Path | None = None,
+    fetch: FetchOptions | None = None,
+    progress: Progress = SILENT,
+) -> list[QuantizeResult]:
+    """Make GGUFs of one or many types out of a checkpoint.
+
+    Args:
+        model: a directory, ``hf:ORG/NAME``, ``ms:ORG/NAME``, ``ORG/NAME``,
+            ``demo``, or a GGUF (which is quantized as it is).
+        types: quantization types, in any case.
+        awq: fold activation-aware scales in first, searched for each type.
+        out: also put the files into this directory.
+        calibration: what AWQ looks at.
+        keep_intermediate: keep the float GGUF that the types are made from.
+        models_dir: the models directory.
+        fetch: how the model is found and fetched.
+        progress: who to tell.
+
+    Returns:
+        One result per type, in the order asked for.
+    """
+    from ggufkit.conversion import Conversion
+    from ggufkit.llamacpp import toolchain
+    from ggufkit.quantize.types import is_float, parse_type
+    from ggufkit.store import Store
+
+    wanted = list(dict.fromkeys(parse_type(t) for t in types))
+    build = toolchain.find_build()
+    store = Store(models_dir or settings.models_dir())
+    fetch = fetch or FetchOptions()
+    source = _resolve(model, store, fetch, progress)
+    if isinstance(source, Path):
+        if awq:
+            raise UsageError(
+                f"{source.name} is a GGUF; AWQ folds scales into a checkpoint before conversion",
+                "Give the checkpoint it was made from, or leave out --awq",
+            )
+        return quantize(source, types=wanted, out=out, models_dir=store.root, progress=progress)
+    job = Conversion(store, build, source, fetch, calibration or Calibration(), wanted, progress)
+    scales: dict[str, Artifact] = {}
+    if awq:
+        for type in filter(is_float, wanted):
+            progress.say(f"{type} rounds to floats: AWQ has nothing to win, converted plainly")
+        scales = job.scales_for([t for t in wanted if not is_float(t)])
+    results = []
+    try:
+        for type in wanted:
+            artifact = job.quantize(type, scales.get(type))
+            path = _place(store, artifact, out)
+            results.append(_result_of(artifact, path, type in scales, source.notes))
+    finally:
+        if not keep_intermediate:
+            job.remove_intermediates()
+    return results
+
+
+def awq(
+    model: str,
+    *,
+    out: Path,
+    type: str,
+    calibration: Calibration | None = None,
+    models_dir: Path | None = None,
+    fetch: FetchOptions | None = None,
+    progress: Progress = SILENT,
+) -> AwqResult:
+    """Fold activation-aware scales into a checkpoint, and stop there.
+
+    The result is an ordinary float checkpoint with the same function: nothing
+    is quantized yet.
+
+    Args:
+        model: as for :func:`convert`, but not a GGUF.
+        out: directory of the new checkpoint; must not hold anything else.
+        type: the quantization type that the scales are searched for.
+        calibration: what AWQ looks at.
+        models_dir: the models directory.
+        fetch: how the model is found and fetched.
+        progress: who to tell.
+    """
+    from ggufkit.conversion import Conversion
+    from ggufkit.llamacpp import toolchain
+    from ggufkit.quantize.types import is_float, parse_type
+    from ggufkit.store import Store
+
+    wanted = parse_type(type)
+    if is_float(wanted):
+        raise UsageError(
+            f"{wanted} rounds to floats: AWQ has nothing to win there",
+            "Name the type that you will quantize to, such as --type q4_0",
+        )
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        raise UsageError(f"{out} exists and is not empty", "Name a new directory with -o")
+    store = Store(models_dir or settings.models_dir())
+    fetch = fetch or FetchOptions()
+    source = _resolve(model, store, fetch, progress)
+    if isinstance(source, Path):
+        raise UsageError(f"{source.name} is a GGUF; AWQ works on a checkpoint")
+    build = toolchain.find_build()
+    job = Conversion(store, build, source, fetch, calibration or Calibration(), [], progress)
+    scales = job.scales_for([wanted])[wanted]
+    job.publish_folded(scales, out)
+    facts = scales.manifest.facts
+    return AwqResult(
+        path=out,
+        scales=scales.file(".safetensors"),
+        type=wanted,
+        calibration=facts["calibration"],
+        tokens=facts["tokens"],
+        groups=facts["groups"],
+        groups_left_alone=facts["groups_left_alone"],
+        objective_ratio=facts["objective"] / facts["objective_plain"],
+        seconds=scales.manifest.seconds,
+        reused=scales.reused,
+    )
+
+
+def quantize(
+    gguf: Path,
+    *,
+    types: Sequence[str],
+    out: Path | None = None,
+    imatrix: Path | None = None,
+    allow_requantize: bool = False,
+    models_dir: Path | None = None,
+    progress: Progress = SILENT,
+) -> list[QuantizeResult]:
+    """Quantize a GGUF with llama-quantize to one or many types.
+
+    Args:
+        gguf: the file, best of all F32, F16 or BF16.
+        types: quantization types, in any case.
+        out: also put the files into this directory.
+        imatrix: importance matrix, as llama-imatrix writes it.
+        allow_requantize: accept a file that is quantized already (it loses more).
+        models_dir: the models directory.
+        progress: who to tell.
+    """
+    from ggufkit.llamacpp import toolchain
+    from ggufkit.llamacpp.gguf import read_gguf
+    from ggufkit.quantize import stages
+    from ggufkit.quantize.types import parse_type, space_forecast, stem_of
+    from ggufkit.store import Store, require_space
+
+    wanted = list(dict.fromkeys(parse_type(t) for t in types))
+    header = read_gguf(gguf, arrays=False)
+    build = toolchain.find_build()
+    store = Store(models_dir or settings.models_dir())
+    stem = stem_of(gguf)
+    require_space(store.root, space_forecast(header.parameters, wanted), f"quantizing {gguf.name}")
+    results = []
+    for type in wanted:
+        recipe = QuantRecipe(type, imatrix=store.digest(imatrix).sha256 if imatrix else "")
+        artifact = stages.quantize(
+            store,
+            build,
+            model=stem,
+            inputs={"gguf": store.digest(gguf, progress).sha256},
+            recipe=recipe,
+            stem=stem,
+            source=lambda: gguf,
+            imatrix=imatrix,
+            allow_requantize=allow_requantize,
+            progress=progress,
+        )
+        results.append(_result_of(artifact, _place(store, artifact, out), awq=False))
+    return results
+
+
+def ppl(
+    text: str,
+    models: Sequence[Path],
+    *,
+    context: int = 512,
+    chunks: int | None = None,
+    gpu_layers: int = 0,
+    column: str | None = None,
+    text_dir: Path | None = None,
+    models_dir: Path | None = None,
+    progress: Progress = SILENT,
+) -> list[EvalResult]:
+    """Measure the perplexity of models on a text with llama-perplexity.
+
+    Args:
+        text: name or file of the text.
+        models: GGUFs, measured one after the other.
+        context: tokens per chunk.
+        chunks: how many chunks at most; None for all.
+        gpu_layers: layers to put on a GPU.
+        column: the text's column, if the file has several.
+        text_dir: offline copies of named texts.
+        models_dir: the models directory, where results are kept.
+        progress: told the running estimate.
+    """
+    from ggufkit.evaluate import perplexity, texts
+    from ggufkit.llamacpp import toolchain
+    from ggufkit.llamacpp.gguf import read_gguf
+    from ggufkit.store import Store
+
+    if context < 8 or (chunks is not None and chunks < 1):
+        raise UsageError("a context needs at least 8 tokens, and at least 1 chunk")
+    for model in models:
+        read_gguf(model, arrays=False)  # a broken file is told before hours of work on others
+    build = toolchain.find_build()
+    store = Store(models_dir or settings.models_dir())
+    read = texts.load_text(
+        text,
+        column=column,
+        text_dir=text_dir or settings.text_dir(),
+        cache=settings.cache_dir(),
+        progress=progress,
+    )
+    return [
+        perplexity.measure(
+            store,
+            build,
+            model,
+            read,
+            context=context,
+            chunks=chunks,
+            gpu_layers=gpu_layers,
+            progress=progress,
+        )
+        for model in models
+    ]
+
+
+def _resolve(
+    model: str, store: "Store", fetch: FetchOptions, progress: Progress
+) -> Checkpoint | Path:
+    from ggufkit import sources
+
+    return sources.resolve(
+        model,
+        models_dir=store.root,
+        hub=fetch.hub,
+        revision=fetch.revision,
+        trust_remote_code=fetch.trust_remote_code,
+        allow_pickle=fetch.allow_pickle,
+        progress=progress,
+    )
+
+
+def _result_of(
+    artifact: Artifact, path: Path, awq: bool, notes: tuple[str, ...] = ()
+) -> QuantizeResult:
+    from ggufkit.quantize.stages import result_of
+
+    return result_of(artifact, path, awq, notes)
+
+
+def _place(store: "Store", artifact: Artifact, out: Path | None) -> Path:
+    """Where the user finds an artifact's GGUF."""
+    file = artifact.file(".gguf")
+    linked = store.link(file)
+    return store.export(artifact, file, out) if out else linked

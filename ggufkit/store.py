@@ -6,7 +6,7 @@ Layout, below the root::
     <model>/<stage>-<key12>/...             its outputs
     <model>/<stage>-<key12>.partial/        work under way, or what a kill left
     <model>/<file>.gguf                     link to an artifact's file, for people
-    .locks/, .digests.json                  bookkeeping; safe to delete
+    .locks/, .logs/, .digests.json           bookkeeping; safe to delete
 
 A stage is a function from values to values. Its key covers all that can change
 its output, so an artifact with the right key and outputs that still hash right
@@ -35,6 +35,7 @@ MANIFEST = "manifest.json"
 _KEY_LENGTH = 12
 _HASH_BLOCK = 1 << 20
 _GIB = 1 << 30
+_LOGS_KEPT = 50
 
 
 def canonical_json(value: Json) -> str:
@@ -344,6 +345,15 @@ class Store:
             directory / f"{file.name}.{MANIFEST}", json.dumps(to_json(own), indent=1) + "\n"
         )
         return target
+
+    def log(self, name: str) -> Path:
+        """A file for a tool's output, outside of artifacts so that failures keep it."""
+        place = self.root / ".logs"
+        place.mkdir(parents=True, exist_ok=True)
+        for old in sorted(place.iterdir(), key=lambda p: p.stat().st_mtime)[:-_LOGS_KEPT]:
+            old.unlink(missing_ok=True)
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+        return place / f"{name}-{stamp}-{os.getpid()}.log"
 
     def remove(self, artifact: Artifact) -> None:
         """Delete an artifact and what it holds."""

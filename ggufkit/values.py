@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ggufkit.errors import UsageError
+
 Json = Any
 """A value that :mod:`json` can write."""
 
@@ -247,3 +249,76 @@ class QuantRecipe:
     type: str
     tensor_types: dict[str, str] = field(default_factory=dict)
     imatrix: str = ""
+
+
+@dataclass(frozen=True)
+class FetchOptions:
+    """How a model is found and fetched.
+
+    Attributes:
+        hub: hub of a bare ``ORG/NAME``; None for the environment's setting.
+        revision: branch, tag or commit.
+        trust_remote_code: run Python code that the checkpoint brings.
+        allow_pickle: unpickle ``.bin`` weights if there are no others.
+    """
+
+    hub: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What AWQ looks at.
+
+    Attributes:
+        text: name or file of the calibration text.
+        samples: sequences taken from it, spread evenly.
+        length: tokens of each.
+        column: the text's column, if the file has several.
+    """
+
+    text: str = "stdlib-docstrings"
+    samples: int = 16
+    length: int = 512
+    column: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be cut.
+
+        Raises:
+            UsageError: if a number is too small.
+        """
+        if self.samples < 1 or self.length < 8:
+            raise UsageError("calibration needs at least 1 sample of at least 8 tokens")
+
+
+@dataclass(frozen=True)
+class AwqResult:
+    """A checkpoint with scales folded in, and what the search was worth.
+
+    Attributes:
+        path: directory of the checkpoint.
+        scales: the scales alone.
+        type: the quantization type that they were searched for.
+        calibration: name of the calibration text.
+        tokens: calibration tokens used.
+        groups: sets of scales searched.
+        groups_left_alone: sets for which identity was best.
+        objective_ratio: squared error of the outputs with scales, relative to
+            that without; summed over all groups.
+        seconds: time of the search (of the original run when reused).
+        reused: whether the scales were there already.
+    """
+
+    path: Path
+    scales: Path
+    type: str
+    calibration: str
+    tokens: int
+    groups: int
+    groups_left_alone: int
+    objective_ratio: float
+    seconds: float
+    reused: bool

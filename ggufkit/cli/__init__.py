@@ -16,7 +16,7 @@ from ggufkit import __version__, settings
 from ggufkit.cli.session import Session
 from ggufkit.errors import GgufkitError
 
-_NOT_VERBS = {"session"}
+_NOT_VERBS = {"options", "session", "tables"}
 _INTERRUPTED = 130
 """The shell's exit code for a program that Ctrl-C ended."""
 

@@ -4,7 +4,10 @@ The names are those of the pinned llama-quantize; a test holds the table
 against what the tool itself prints.
 """
 
+import re
+from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 from ggufkit.errors import UsageError
 
@@ -44,3 +47,22 @@ def parse_type(name: str) -> str:
 def is_float(type: str) -> bool:
     """Whether a type rounds to floats, so that scales cannot help it."""
     return type in (*FLOAT_TYPES, "COPY")
+
+
+def stem_of(gguf: Path) -> str:
+    """A GGUF's file name without its type, such as ``model`` of ``model-F16.gguf``."""
+    types = "|".join(sorted((*TYPES, *ALIASES), key=len, reverse=True))
+    return re.sub(rf"[-._]({types})$", "", gguf.stem, flags=re.IGNORECASE) or gguf.stem
+
+
+def space_forecast(parameters: int, types: Iterable[str]) -> int:
+    """Bytes that files of these types will take at most, with fallbacks and metadata."""
+    return sum(int(parameters * _forecast_bits(t) / 8) + (16 << 20) for t in types)
+
+
+def _forecast_bits(type: str) -> float:
+    if type in FLOAT_TYPES or type == "COPY":
+        return 16 if "16" in type else 32
+    # A mixture or a fallback costs up to two bits more than its name says.
+    digits = re.search(r"\d", type)
+    return (int(digits[0]) if digits else 8) + 2

@@ -6,7 +6,6 @@ search goes on at the next block and ends with the same bytes.
 """
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     import torch
 
 SCALES_FILE = "scales.safetensors"
-SEARCH_VERSION = 1
-"""Raised when the same inputs would give other scales."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +61,11 @@ def search_scales(
         trust_remote_code: let transformers run the checkpoint's own code.
 
     Returns:
-        Facts: seconds, and for each job's directory name the summed objective
-        without and with scales and the number of groups left alone.
+        Facts by the name of the job's directory: the summed objective without
+        and with scales, the number of groups and of those left alone.
     """
     blocks = block_count(index)
     workers = [_Worker(index, family, job, ggml) for job in jobs]
-    started = time.monotonic()
     with progress.task("AWQ search", blocks, "blocks") as task:
 
         def visit(block: BlockVisit) -> None:
@@ -88,11 +84,7 @@ def search_scales(
         )
     for worker in workers:
         worker.finish(blocks)
-    return {
-        "seconds": round(time.monotonic() - started, 3),
-        "tokens": sequences.numel(),
-        "jobs": {w.job.directory.name: w.summary() for w in workers},
-    }
+    return {worker.job.directory.name: worker.summary() for worker in workers}
 
 
 class _Worker:

@@ -1,0 +1,97 @@
+"""Options that several verbs share, and what they become."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from ggufkit.values import Calibration, FetchOptions
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+out_option = click.option(
+    "-o",
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Also put the files into this directory.",
+)
+
+
+def fetch_options(command: _Command) -> _Command:
+    """Options that say how a model is found; the command gets ``fetch``."""
+
+    def wrapped(*args: Any, **given: Any) -> Any:
+        fetch = FetchOptions(
+            given.pop("hub"),
+            given.pop("revision"),
+            given.pop("trust_remote_code"),
+            given.pop("allow_pickle"),
+        )
+        return command(*args, fetch=fetch, **given)
+
+    return _decorate(
+        wrapped,
+        command,
+        click.option(
+            "--hub",
+            type=click.Choice(["huggingface", "modelscope"]),
+            help="Hub of a bare ORG/NAME.  [default: $GGUFKIT_HUB or huggingface]",
+        ),
+        click.option("--revision", help="Branch, tag or commit to fetch."),
+        click.option(
+            "--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings."
+        ),
+        click.option("--allow-pickle", is_flag=True, help="Accept pickled .bin weights."),
+    )
+
+
+def calibration_options(command: _Command) -> _Command:
+    """Options that say what AWQ looks at; the command gets ``calibration``."""
+    default = Calibration()
+
+    def wrapped(*args: Any, **given: Any) -> Any:
+        calibration = Calibration(
+            given.pop("calibration"),
+            given.pop("calibration_samples"),
+            given.pop("calibration_length"),
+            given.pop("column"),
+        )
+        return command(*args, calibration=calibration, **given)
+
+    return _decorate(
+        wrapped,
+        command,
+        click.option(
+            "--calibration",
+            metavar="TEXT",
+            default=default.text,
+            show_default=True,
+            help="Text that AWQ looks at: a name or a file.",
+        ),
+        click.option(
+            "--calibration-samples",
+            type=click.IntRange(min=1),
+            default=default.samples,
+            show_default=True,
+            help="Sequences taken from it.",
+        ),
+        click.option(
+            "--calibration-length",
+            type=click.IntRange(min=8),
+            default=default.length,
+            show_default=True,
+            help="Tokens of each sequence.",
+        ),
+        click.option("--column", help="Column of a parquet, arrow or jsonl text."),
+    )
+
+
+def _decorate(wrapped: Any, command: _Command, *options: Any) -> _Command:
+    # click hangs the options of later decorators on this attribute.
+    wrapped.__click_params__ = getattr(command, "__click_params__", [])
+    wrapped.__doc__ = command.__doc__
+    for option in reversed(options):
+        wrapped = option(wrapped)
+    decorated: _Command = wrapped
+    return decorated

@@ -1,0 +1,1 @@
+"""Measuring: texts, and llama-perplexity's own number."""

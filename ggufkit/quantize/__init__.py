@@ -1,0 +1,1 @@
+"""Quantization types, plans and what a GGUF holds."""
