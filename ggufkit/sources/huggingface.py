@@ -100,7 +100,7 @@ def _translated(repository: str, revision: str | None, request: Request) -> Iter
     except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, OSError) as error:
         raise unreachable("Hugging Face", "hf", repository, error, request) from error
     except Exception as error:
-        # The hub's HTTP library changed between its versions (requests, httpx).
-        if type(error).__module__.split(".")[0] in ("httpx", "httpcore", "requests"):
+        # The hub's HTTP library differs between its versions: requests, httpx, httpx2.
+        if type(error).__module__.startswith(("httpx", "httpcore", "requests")):
             raise unreachable("Hugging Face", "hf", repository, error, request) from error
         raise
