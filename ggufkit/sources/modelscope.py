@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partialmethod
 from pathlib import Path
 
 from ggufkit.errors import SourceError
@@ -38,7 +39,7 @@ def fetch(name: str, request: Request) -> Checkpoint:
         )
 
     def download(patterns: list[str], directory: Path) -> None:
-        with _translated(repository, revision, request):
+        with _translated(repository, revision, request), _no_bars():
             modelscope.snapshot_download(
                 repository, revision=revision, local_dir=str(directory), allow_patterns=patterns
             )
@@ -62,6 +63,19 @@ def _list_files(repository: str, revision: str) -> Listing:
     spelled = sorted(f"{file.path}\0{file.sha256}\0{file.size}\n" for file in blobs)
     digest = hashlib.sha256("".join(spelled).encode()).hexdigest()[:16]
     return Listing(digest, {file.path: file.size for file in blobs})
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep modelscope from drawing bars of its own; it offers no switch for them."""
+    from tqdm import tqdm
+
+    draw = tqdm.__init__
+    tqdm.__init__ = partialmethod(draw, disable=True)
+    try:
+        yield
+    finally:
+        tqdm.__init__ = draw
 
 
 @contextmanager

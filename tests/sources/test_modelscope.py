@@ -1,6 +1,8 @@
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import modelscope_hub
 import pytest
 
 from ggufkit.errors import SourceError
@@ -10,11 +12,18 @@ from tests.factory import make_checkpoint
 from tests.sources.hubs import Hub, serving
 
 
+def use(url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Point modelscope, which remembers its settings, to a hub, and let it retry at once."""
+    monkeypatch.setenv("MODELSCOPE_ENDPOINT", url)
+    monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "ms-cache"))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    modelscope_hub.set_default_config(None)
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     with serving("modelscope") as hub:
-        monkeypatch.setenv("MODELSCOPE_ENDPOINT", hub.url)
-        monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "ms-cache"))
+        use(hub.url, monkeypatch, tmp_path)
         hub.repositories["ORG/Tiny"] = make_checkpoint(tmp_path / "served", hidden=64, shards=2)
         yield hub
 
@@ -25,7 +34,9 @@ def fetch(tmp_path: Path, model: str = "ms:ORG/Tiny", **options: object) -> Chec
     return result
 
 
-def test_fetches_what_conversion_needs(hub: Hub, tmp_path: Path) -> None:
+def test_fetches_what_conversion_needs(
+    hub: Hub, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     served = hub.repositories["ORG/Tiny"]
     (served / "photo.png").write_bytes(b"x")
     checkpoint = fetch(tmp_path)
@@ -33,6 +44,7 @@ def test_fetches_what_conversion_needs(hub: Hub, tmp_path: Path) -> None:
     assert checkpoint.origin.startswith("ms:ORG/Tiny@master+")
     got = {p.name for p in checkpoint.path.iterdir()} - {"manifest.json"}
     assert got == {p.name for p in served.iterdir()} - {"photo.png"}
+    assert "%|" not in capfd.readouterr().err, "bars are the command line's business"
     for name in got:
         assert (checkpoint.path / name).read_bytes() == (served / name).read_bytes()
 
@@ -69,7 +81,7 @@ def test_closed_repository(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("MODELSCOPE_ENDPOINT", "http://127.0.0.1:9")
+    use("http://127.0.0.1:9", monkeypatch, tmp_path)
     with pytest.raises(SourceError, match="ModelScope cannot be reached") as caught:
         fetch(tmp_path)
     assert "Check the network" in caught.value.hint
