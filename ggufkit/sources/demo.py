@@ -226,7 +226,9 @@ def _write_tokenizer(reader: "GGUFReader", out_dir: Path) -> None:
     _write_json(
         out_dir / "tokenizer_config.json",
         {
-            "tokenizer_class": "GPT2TokenizerFast",
+            # Not GPT2TokenizerFast: transformers 5 builds that anew from tokens and
+            # merges, without the step that splits digits.
+            "tokenizer_class": "PreTrainedTokenizerFast",
             "add_prefix_space": False,
             "clean_up_tokenization_spaces": False,
             "model_max_length": int(_value(reader, "llama.context_length")),

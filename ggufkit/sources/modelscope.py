@@ -68,7 +68,7 @@ def _list_files(repository: str, revision: str) -> Listing:
 @contextmanager
 def _no_bars() -> Iterator[None]:
     """Keep modelscope from drawing bars of its own; it offers no switch for them."""
-    from tqdm import tqdm
+    from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
     draw = tqdm.__init__
     tqdm.__init__ = partialmethod(draw, disable=True)
