@@ -385,14 +385,19 @@ def _pydoc_calibration(*_: object) -> tuple[str, str]:
 def _pydoc_measure(*_: object) -> tuple[str, str]:
     """The other topics, without paragraphs that stand in the calibration half as well."""
     topics = list(_topics().values())
-    seen = set(_paragraphs("\n".join(topics[::2])))
-    kept = ["\n\n".join(p for p in _paragraphs(t) if p not in seen) for t in topics[1::2]]
+    seen = {_words(p) for p in _paragraphs("\n".join(topics[::2]))}
+    kept = ["\n\n".join(p for p in _paragraphs(t) if _words(p) not in seen) for t in topics[1::2]]
     source = "Python's own pydoc_data.topics, the topics that pydoc-calibration leaves out"
     return "\n\n".join(t for t in kept if t) + "\n", source
 
 
 def _paragraphs(text: str) -> list[str]:
     return [p.strip("\n") for p in re.split(r"\n\s*\n", text) if p.strip()]
+
+
+def _words(text: str) -> str:
+    """The text without regard to how it is indented and wrapped."""
+    return " ".join(text.split())
 
 
 def _stdlib_docstrings(*_: object) -> tuple[str, str]:
