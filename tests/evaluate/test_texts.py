@@ -6,10 +6,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from ggufkit.errors import GgufkitError, IntegrityError, SourceError, UsageError
 from ggufkit.evaluate import texts
 from ggufkit.evaluate.texts import BUILT_IN, load_text
+from tests.sources.hubs import serving
 
 # Rows as the wikitext data sets have them, and the file that they were made from.
 WIKI_ROWS = ["", " = Title = \n", "", " Some words . \n"]
@@ -313,6 +315,21 @@ def test_wikitext_from_the_hubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert text.path.read_text() == WIKI_FILE
     assert text.source == "huggingface ggml-org/ci wikitext-2-raw-v1.zip"
     assert asked == ["modelscope", "huggingface"]
+
+
+def test_wikitext_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "served").mkdir()
+    with zipfile.ZipFile(tmp_path / "served/wikitext-2-raw-v1.zip", "w") as archive:
+        archive.writestr("wikitext-2-raw/wiki.test.raw", WIKI_FILE)
+    with serving("huggingface") as hub:
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        hub.repositories["ggml-org/ci"] = tmp_path / "served"
+        assert content("wikitext", tmp_path, progress=Warnings()) == WIKI_FILE
+        assert hub.fetched() == ["wikitext-2-raw-v1.zip"]
+        assert content("wikitext", tmp_path, progress=Warnings()) == WIKI_FILE
+        assert hub.fetched() == ["wikitext-2-raw-v1.zip"]
 
 
 def test_wikitext_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,13 +22,17 @@ class Hub:
         repositories: ``ORG/NAME`` to the directory that it serves.
         gated: names that only members may see.
         broken: file names that are refused.
+        cut: file names whose next transfer breaks off half-way.
         asked: method and path of every request.
+        ranges: the ranges of bytes that were asked for.
     """
 
     repositories: dict[str, Path] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)
     broken: set[str] = field(default_factory=set)
+    cut: set[str] = field(default_factory=set)
     asked: list[str] = field(default_factory=list)
+    ranges: list[str] = field(default_factory=list)
     url: str = ""
 
     def fetched(self) -> list[str]:
@@ -61,9 +65,23 @@ class _Handler(BaseHTTPRequestHandler):
         digest = hashlib.sha256(body).hexdigest()
         start = 0
         if given := self.headers.get("Range"):
+            self.hub.ranges.append(given)
             start = int(given.removeprefix("bytes=").split("-")[0])
             headers["Content_Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
-        self.reply(206 if start else 200, body[start:], ETag=f'"{digest}"', **headers)
+        headers["ETag"] = f'"{digest}"'
+        if path.name in self.hub.cut and self.command == "GET":
+            self.hub.cut.remove(path.name)
+            self.break_off(body, **headers)
+        else:
+            self.reply(206 if start else 200, body[start:], **headers)
+
+    def break_off(self, body: bytes, **headers: str) -> None:
+        self.send_response(200)
+        for name, value in {**headers, "Content_Length": str(len(body))}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2])
+        self.close_connection = True
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -89,6 +107,8 @@ class _HuggingFace(_Handler):
         api = parts[:2] == ["api", "models"]
         if api:
             parts = parts[2:]
+        if parts[0] == "datasets":
+            parts = parts[1:]
         repository = "/".join(parts[:2])
         action, revision, *rest = [*parts[2:], "", "main"][: max(len(parts) - 2, 2)]
         if repository not in self.hub.repositories:

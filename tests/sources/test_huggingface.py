@@ -83,6 +83,19 @@ def test_unfinished_fetch_goes_on(hub: Hub, tmp_path: Path) -> None:
     assert hub.fetched() == ["model-00002-of-00002.safetensors"]
 
 
+def test_a_broken_transfer_goes_on_where_it_stopped(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 14)
+    name = "model-00001-of-00002.safetensors"
+    served = (hub.repositories["ORG/Tiny"] / name).read_bytes()
+    hub.cut.add(name)
+    checkpoint = fetch(tmp_path)
+    assert (checkpoint.path / name).read_bytes() == served
+    (again,) = hub.ranges
+    assert 0 < int(again.removeprefix("bytes=").removesuffix("-")) <= len(served) // 2
+
+
 def test_code_stops_the_fetch_before_the_weights(hub: Hub, tmp_path: Path) -> None:
     factory.break_auto_map(hub.repositories["ORG/Tiny"])
     with pytest.raises(CheckpointError, match=r"would run modeling_evil\.py"):
