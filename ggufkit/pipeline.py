@@ -24,6 +24,7 @@ from ggufkit.values import (
 )
 
 if TYPE_CHECKING:
+    from ggufkit.llamacpp.toolchain import BuildReport
     from ggufkit.store import Store
 
 DEFAULT_TYPES = ("q4_k_m",)
@@ -293,3 +294,25 @@ def _place(store: "Store", artifact: Artifact, out: Path | None) -> Path:
     file = artifact.file(".gguf")
     linked = store.link(file)
     return store.export(artifact, file, out) if out else linked
+
+
+def build(
+    backend: str = "cpu",
+    *,
+    source: Path | None = None,
+    force: bool = False,
+    install_binding: bool = True,
+    cmake_args: Sequence[str] = (),
+    progress: Progress = SILENT,
+) -> "BuildReport":
+    """Build llama.cpp's tools and libraries; see :func:`ggufkit.llamacpp.toolchain.build`."""
+    from ggufkit.llamacpp import toolchain
+
+    return toolchain.build(
+        backend,
+        source=source,
+        force=force,
+        install_binding=install_binding,
+        cmake_args=cmake_args,
+        progress=progress,
+    )
