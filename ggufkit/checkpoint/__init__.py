@@ -9,12 +9,14 @@ from ggufkit.checkpoint.index import (
     open_config,
 )
 from ggufkit.checkpoint.tensors import TensorReader
+from ggufkit.checkpoint.tokenizer import check_tokenizer
 from ggufkit.checkpoint.write import write_checkpoint
 
 __all__ = [
     "CheckpointIndex",
     "TensorEntry",
     "TensorReader",
+    "check_tokenizer",
     "checkpoint_files",
     "digest_checkpoint",
     "open_checkpoint",

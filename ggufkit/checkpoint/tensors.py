@@ -1,13 +1,66 @@
 """Streaming access to the tensors of a checkpoint, one at a time."""
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
-from ggufkit.checkpoint.index import CheckpointIndex
-from ggufkit.errors import CheckpointError
+from ggufkit.checkpoint.index import CheckpointIndex, TensorEntry
+from ggufkit.errors import CheckpointError, IntegrityError
 
 if TYPE_CHECKING:
     import torch
+
+
+def torch_dtypes() -> "dict[str, torch.dtype]":
+    """Torch's dtypes by safetensors' names."""
+    import torch
+
+    return {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+    }
+
+
+def require_safetensors(index: CheckpointIndex) -> None:
+    """Refuse pickled weights, which cannot be read tensor by tensor.
+
+    Raises:
+        CheckpointError: the weights are pickled.
+    """
+    if index.pickles:
+        raise CheckpointError(
+            f"{index.path} has pickled weights, which cannot be read tensor by tensor",
+            "Save the model again with save_pretrained(..., safe_serialization=True)",
+        )
+
+
+def read_tensor(file: BinaryIO, entry: TensorEntry) -> "torch.Tensor":
+    """Read one tensor into memory of its own, rather than map the file.
+
+    Pages of a map that were touched stay in a process's resident memory, so
+    that going through a whole shard would cost as much as loading it.
+
+    Raises:
+        IntegrityError: the file ends before the tensor does.
+    """
+    import torch
+
+    raw = bytearray(entry.nbytes)
+    file.seek(entry.start)
+    if file.readinto(raw) != entry.nbytes:  # type: ignore[attr-defined]
+        raise IntegrityError(f"{entry.shard} ends within '{entry.name}'", "Fetch the file again")
+    dtype = torch_dtypes()[entry.dtype]
+    flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+    return flat.reshape(entry.shape)
 
 
 class TensorReader:
@@ -23,11 +76,7 @@ class TensorReader:
     """
 
     def __init__(self, index: CheckpointIndex) -> None:
-        if index.pickles:
-            raise CheckpointError(
-                f"{index.path} has pickled weights, which cannot be read tensor by tensor",
-                "Save the model again with save_pretrained(..., safe_serialization=True)",
-            )
+        require_safetensors(index)
         self.index = index
         self._files: dict[str, Any] = {}
         self._stack = ExitStack()

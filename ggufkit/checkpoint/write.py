@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from ggufkit.checkpoint.index import SHARD_INDEX, CheckpointIndex, TensorEntry, companion_files
-from ggufkit.checkpoint.tensors import TensorReader
+from ggufkit.checkpoint.tensors import read_tensor, require_safetensors, torch_dtypes
 from ggufkit.errors import CheckpointError
 from ggufkit.progress import SILENT, Progress, Task
 from ggufkit.values import Json
@@ -51,10 +51,12 @@ def write_checkpoint(
         progress: who to tell.
 
     Raises:
-        CheckpointError: a result is not finite in the tensor's dtype.
+        CheckpointError: a result is not finite in the tensor's dtype, or the
+            weights are pickled.
         ValueError: ``replace`` names no tensor, ``add`` names an existing one,
             or a result has another shape.
     """
+    require_safetensors(index)
     added = dict(add or {})
     if unknown := [name for name in replace if name not in index.tensors]:
         raise ValueError(f"no such tensor to replace: {unknown}")
@@ -62,11 +64,11 @@ def write_checkpoint(
         raise ValueError(f"tensor to add is there already: {present}")
     out_dir.mkdir(parents=True, exist_ok=True)
     _copy_companions(index, out_dir, tuple(drop_config_keys), dict(config_changes or {}))
-    with TensorReader(index) as reader, progress.task("write", index.nbytes, "bytes") as task:
+    with progress.task("write", index.nbytes, "bytes") as task:
         done = 0
         for shard in index.shards:
             extra = added if shard == index.shards[-1] else {}
-            done = _write_shard(reader, shard, out_dir / shard, replace, extra, task, done)
+            done = _write_shard(index, shard, out_dir / shard, replace, extra, task, done)
     if added and (index.path / SHARD_INDEX).is_file():
         _extend_shard_index(out_dir / SHARD_INDEX, index.shards[-1], added)
 
@@ -95,7 +97,7 @@ def safetensors_header(
 
 
 def _write_shard(
-    reader: TensorReader,
+    index: CheckpointIndex,
     shard: str,
     target: Path,
     replace: Mapping[str, "Callable[[torch.Tensor], torch.Tensor]"],
@@ -103,14 +105,14 @@ def _write_shard(
     task: Task,
     done: int,
 ) -> int:
-    entries = reader.index.of_shard(shard)
+    entries = index.of_shard(shard)
     rows = [(e.name, e.dtype, e.shape, e.nbytes) for e in entries]
     rows += [(n, _dtype_name(t), tuple(t.shape), t.nbytes) for n, t in added.items()]
-    with target.open("wb") as out, (reader.index.path / shard).open("rb") as original:
-        out.write(safetensors_header(rows, reader.index.metadata[shard]))
+    with target.open("wb") as out, (index.path / shard).open("rb") as original:
+        out.write(safetensors_header(rows, index.metadata[shard]))
         for entry in entries:
             if entry.name in replace:
-                _write_tensor(out, _replaced(reader, entry, replace[entry.name]))
+                _write_tensor(out, _replaced(original, entry, replace[entry.name]))
             else:
                 _copy_bytes(original, out, entry)
             done += entry.nbytes
@@ -121,13 +123,14 @@ def _write_shard(
 
 
 def _replaced(
-    reader: TensorReader, entry: TensorEntry, function: "Callable[[torch.Tensor], torch.Tensor]"
+    original: BinaryIO, entry: TensorEntry, function: "Callable[[torch.Tensor], torch.Tensor]"
 ) -> "torch.Tensor":
-    tensor = reader.load(entry.name)
+    tensor = read_tensor(original, entry)
+    dtype = tensor.dtype
     result = function(tensor)
-    if result.shape != tensor.shape:
-        raise ValueError(f"'{entry.name}' was {tuple(tensor.shape)}, is {tuple(result.shape)}")
-    result = result.to(tensor.dtype)
+    if tuple(result.shape) != entry.shape:
+        raise ValueError(f"'{entry.name}' was {entry.shape}, is {tuple(result.shape)}")
+    result = result.to(dtype)
     if result.is_floating_point() and not bool(result.isfinite().all()):
         raise CheckpointError(
             f"Tensor '{entry.name}' holds values that are not finite in {entry.dtype}",
@@ -155,14 +158,7 @@ def _copy_bytes(original: BinaryIO, out: BinaryIO, entry: TensorEntry) -> None:
 
 
 def _dtype_name(tensor: "torch.Tensor") -> str:
-    import torch
-
-    names = {
-        torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    }  # fmt: skip
-    if tensor.dtype not in names:
-        raise ValueError(f"cannot add a tensor of dtype {tensor.dtype}")
-    return names[tensor.dtype]
+    return next(name for name, dtype in torch_dtypes().items() if dtype == tensor.dtype)
 
 
 def _copy_companions(

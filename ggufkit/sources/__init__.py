@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ggufkit import settings
-from ggufkit.errors import SourceError
+from ggufkit.errors import SourceError, UsageError
 from ggufkit.progress import SILENT, Progress
 from ggufkit.sources._request import Request
 from ggufkit.store import Store
@@ -50,10 +50,15 @@ def resolve(
         A checked checkpoint, or the path of a GGUF file.
 
     Raises:
+        UsageError: there is no such hub, or the name is malformed.
         SourceError: nothing there goes by that name, or it cannot be fetched.
         CheckpointError: what is there is incomplete or of a refused kind.
         IntegrityError: a file is truncated or malformed.
     """
+    if hub and hub not in settings.HUBS:
+        raise UsageError(f"'{hub}' is not a hub", f"Use one of: {', '.join(settings.HUBS)}")
+    if not model:
+        raise UsageError("The model's name is empty", "Name one, for example: demo")
     request = Request(
         Store(models_dir),
         hub or settings.hub(),

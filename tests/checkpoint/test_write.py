@@ -92,6 +92,14 @@ def test_values_that_do_not_fit_the_dtype(tmp_path: Path) -> None:
     assert "BF16" in caught.value.hint
 
 
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "a", hidden=64)
+    factory.break_pickle_only(path)
+    with pytest.raises(CheckpointError, match="tensor by tensor"):
+        write_checkpoint(open_checkpoint(path, allow_pickle=True), tmp_path / "b", {})
+    assert not (tmp_path / "b").exists()
+
+
 def test_wrong_requests(tmp_path: Path) -> None:
     index = open_checkpoint(make_checkpoint(tmp_path / "a", hidden=64))
     with pytest.raises(ValueError, match="no such tensor"):

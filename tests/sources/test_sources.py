@@ -63,13 +63,21 @@ def test_some_other_file(tmp_path: Path) -> None:
     assert "config.json" in caught.value.hint
 
 
-@pytest.mark.parametrize("model", ["nothing", "./ORG/NAME", "/no/where", "a/b/c", ""])
+@pytest.mark.parametrize("model", ["nothing", "./ORG/NAME", "/no/where", "a/b/c"])
 def test_nothing_there(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     with pytest.raises((SourceError, CheckpointError)) as caught:
         resolve(model, models_dir=tmp_path / "models")
     assert caught.value.hint
+
+
+def test_unknown_hub_and_empty_name(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="'somehub' is not a hub") as caught:
+        resolve("ORG/NAME", hub="somehub", models_dir=tmp_path)
+    assert "huggingface, modelscope" in caught.value.hint
+    with pytest.raises(UsageError, match="empty"):
+        resolve("", models_dir=tmp_path)
 
 
 def test_unknown_prefix(tmp_path: Path) -> None:
