@@ -24,7 +24,7 @@ from ggufkit.values import (
 )
 
 if TYPE_CHECKING:
-    from ggufkit.llamacpp.toolchain import BuildReport
+    from ggufkit.llamacpp.building import BuildReport
     from ggufkit.store import Store
 
 DEFAULT_TYPES = ("q4_k_m",)
@@ -305,10 +305,19 @@ def build(
     cmake_args: Sequence[str] = (),
     progress: Progress = SILENT,
 ) -> "BuildReport":
-    """Build llama.cpp's tools and libraries; see :func:`ggufkit.llamacpp.toolchain.build`."""
-    from ggufkit.llamacpp import toolchain
+    """Build llama.cpp's tools and libraries, and install the binding on them.
 
-    return toolchain.build(
+    Args:
+        backend: such as ``cpu`` or ``cuda``.
+        source: a llama.cpp checkout instead of the pinned source.
+        force: build again even if there is a build.
+        install_binding: install llama-cpp-python into this environment.
+        cmake_args: further arguments for CMake.
+        progress: who to tell.
+    """
+    from ggufkit.llamacpp import building
+
+    return building.build(
         backend,
         source=source,
         force=force,

@@ -6,6 +6,7 @@
 ``GGUFKIT_HUB``       hub of a bare ``ORG/NAME``: ``huggingface`` or ``modelscope``
 ``GGUFKIT_TEXT_DIR``  offline copies of named texts such as ``wikitext``
 ``GGUFKIT_THREADS``   threads for native tools and searches (default: all cores)
+``GGUFKIT_NATIVE``    one native build to use, as ``ggufkit build`` printed its place
 ==================  ======================================================
 """
 
@@ -28,6 +29,12 @@ def cache_dir() -> Path:
         return Path(given)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "ggufkit"
+
+
+def native_build() -> Path | None:
+    """The native build that the user wants, if one is named."""
+    given = os.environ.get("GGUFKIT_NATIVE")
+    return Path(given) if given else None
 
 
 def hub() -> str:

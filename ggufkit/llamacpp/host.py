@@ -64,6 +64,8 @@ def total_memory_nbytes() -> int | None:
     if sys.platform == "darwin":
         size, value = ctypes.c_size_t(8), ctypes.c_uint64(0)
         call = ctypes.CDLL(None).sysctlbyname
-        done = call(b"hw.memsize", ctypes.byref(value), ctypes.byref(size), None, ctypes.c_size_t(0))
+        done = call(
+            b"hw.memsize", ctypes.byref(value), ctypes.byref(size), None, ctypes.c_size_t(0)
+        )
         return value.value if done == 0 else None
     return None

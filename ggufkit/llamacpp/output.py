@@ -1,240 +1,463 @@
-"""Parsers of what the native tools print. Pure: text in, values out.
+"""What the native tools print, read without guessing.
 
-A line that should be there and is not raises :class:`ToolOutputError`; no
-number is ever made up.
+Everything here is pure. The patterns follow the pinned llama.cpp:
+``src/llama-quant.cpp``, ``tools/perplexity/perplexity.cpp``,
+``tools/llama-bench/llama-bench.cpp``, ``conversion/base.py``. A number that is
+not where it should be is a :class:`~ggufkit.errors.ToolOutputError`, never a
+default.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from ggufkit.errors import ToolOutputError
+from ggufkit.llamacpp.blocks import TYPE_SIZES
 from ggufkit.values import GGUFFile
 
-_QUANTIZED = re.compile(
-    r"\[ *(?P<number>\d+)/ *(?P<total>\d+)\] +(?P<name>\S+) +- \[(?P<shape>[\d, ]+)\], "
-    r"type = +(?P<source>\w+), (?P<rest>.*)"
-)
-_CONVERTING = re.compile(r"converting to (\w+) \.\.")
-_WOULD_BE = re.compile(r"-> +[\d.]+ MiB \((\w+)\)")
-_FALLBACK = re.compile(
-    r"warning: (?P<name>\S+) +- ncols +(?P<columns>\d+) not divisible by +\d+ "
-    r"\(required for type +(?P<wanted>\w+)\).*-> falling back to +(?P<got>\w+)"
-)
-_ESTIMATE = re.compile(r"\[(\d+)\](-?[\d.]+|-?nan|inf),")
-_CHUNKS = re.compile(r"(?:calculating perplexity|computing) over (\d+) chunks, n_ctx=(\d+)")
-_FINAL = re.compile(r"Final estimate: PPL = ([\d.]+) \+/- ([\d.]+)")
-_TOO_SHORT = re.compile(r"tokenizes to only (\d+) tokens")
-_VERSION = re.compile(r"^version: .*\bcommit (\w+)\)", re.MULTILINE)
-_NINJA = re.compile(r"^\[(\d+)/(\d+)\]")
-_MAKE = re.compile(r"^\[ *(\d+)%\]")
-_TQDM = re.compile(r"Writing: +(\d+)%")
+_NUMBER = r"[-+]?(?:\d+(?:\.\d+)?(?:e[-+]?\d+)?|nan|inf)"
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """What llama-quantize does to one tensor."""
-
-    name: str
-    source_type: str
-    type: str
-
-
-@dataclass(frozen=True)
-class Fallback:
-    """A tensor that could not have the type its mixture wants for it."""
-
-    name: str
-    wanted: str
-    type: str
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """What llama-quantize said of a run or a dry run.
+    """What llama-quantize does to one tensor.
 
     Attributes:
-        tensors: all tensors, in file order.
-        fallbacks: those that could not have the type wanted.
+        name: of the tensor.
+        type: ggml type that it gets, such as ``q6_K``.
+        from_type: ggml type that it has.
+        shape: in ggml's order, columns first, without trailing ones.
+        nbytes: size of its data after.
+    """
+
+    name: str
+    type: str
+    from_type: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class QuantizeOutput:
+    """What llama-quantize did, or in a dry run would do.
+
+    Attributes:
+        tensors: in the order of the file.
+        fallbacks: type fallen back to, and how many tensors did.
+        fallback_tensors: name to the type that it fell back to.
+        types_wanted: name of a tensor that fell back to the type it was to have.
+        total_tensors: number of tensors of the file.
+        bits_per_weight: of the result, as the tool says (two decimals).
+        seconds: wall time.
+        peak_rss_nbytes: peak resident memory of the tool.
     """
 
     tensors: tuple[TensorPlan, ...]
-    fallbacks: tuple[Fallback, ...]
-
-    def fallback_counts(self) -> dict[str, int]:
-        """Type fallen back to, and how many tensors did."""
-        return dict(Counter(f.type for f in self.fallbacks))
+    fallbacks: dict[str, int]
+    fallback_tensors: dict[str, str]
+    types_wanted: dict[str, str]
+    total_tensors: int
+    bits_per_weight: float
+    seconds: float
+    peak_rss_nbytes: int
 
     def bits_per_weight_asked(self, written: GGUFFile) -> float:
-        """Bits per weight if every tensor had the type that was wanted for it."""
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+        """Bits per weight if no tensor had fallen back.
 
-        wanted = {f.name: f.wanted for f in self.fallbacks}
-        bits = 0.0
-        for tensor in written.tensors:
-            kind = GGMLQuantizationType[wanted.get(tensor.name, tensor.type).upper()]
-            block, nbytes = GGML_QUANT_SIZES[kind]
-            bits += 8 * nbytes / block * tensor.parameters
-        return bits / written.parameters
-
-
-def parse_tensor_line(line: str) -> tuple[int, int, TensorPlan] | None:
-    """One tensor's line: its number, the total, and what happens to it."""
-    match = _QUANTIZED.match(line)
-    if not match:
-        return None
-    rest = match["rest"]
-    became = _CONVERTING.search(rest) or _WOULD_BE.search(rest)
-    type = became[1] if became else match["source"]
-    return int(match["number"]), int(match["total"]), TensorPlan(match["name"], match["source"], type)
-
-
-def parse_quantize(lines: Iterable[str]) -> Quantized:
-    """The output of llama-quantize, with or without ``--dry-run``.
-
-    Raises:
-        ToolOutputError: if not every tensor announced was seen.
-    """
-    tensors: list[TensorPlan] = []
-    fallbacks = []
-    total = 0
-    for line in lines:
-        if parsed := parse_tensor_line(line):
-            _, total, tensor = parsed
-            tensors.append(tensor)
-        elif match := _FALLBACK.match(line):
-            fallbacks.append(Fallback(match["name"], match["wanted"], match["got"]))
-    if not total or len(tensors) != total:
-        raise ToolOutputError(f"llama-quantize named {len(tensors)} of {total} tensors")
-    return Quantized(tuple(tensors), tuple(fallbacks))
-
-
-def quantize_failure(lines: Iterable[str]) -> tuple[str, str]:
-    """What llama-quantize's last words mean: a message and a hint."""
-    text = "\n".join(lines)
-    if "requires an importance matrix" in text or "Missing importance matrix" in text:
-        return (
-            "this type needs an importance matrix",
-            "Make one with llama-imatrix and give it: ggufkit quantize ... --imatrix FILE",
+        Args:
+            written: header of the file that was written.
+        """
+        bits = sum(
+            t.parameters * _bits(self.types_wanted[t.name])
+            if t.name in self.types_wanted
+            else 8 * t.nbytes
+            for t in written.tensors
         )
-    if match := re.search(r"requantizing from type (\w+) is disabled", text):
-        return (
-            f"the file is quantized already (to {match[1]})",
-            "Start from an F16, BF16 or F32 file, or accept the loss with --allow-requantize",
-        )
-    match = re.search(r"failed to quantize: (.+)", text)
-    return (match[1] if match else "llama-quantize failed", "")
+        return bits / max(1, written.parameters)
 
 
 @dataclass(frozen=True)
-class Perplexity:
-    """llama-perplexity's result: the final estimate, its error, and all estimates."""
+class PerplexityOutput:
+    """What llama-perplexity measured.
+
+    Attributes:
+        perplexity: the final estimate.
+        error: its standard error, same unit.
+        tokens: tokens read: chunks times context.
+        chunks: number of contexts scored.
+        context: tokens per chunk.
+        seconds: wall time, loading included.
+        peak_rss_nbytes: peak resident memory of the tool.
+        chunk_estimates: the perplexity so far after each chunk.
+    """
 
     perplexity: float
     error: float
+    tokens: int
     chunks: int
     context: int
-    estimates: tuple[float, ...]
+    seconds: float
+    peak_rss_nbytes: int
+    chunk_estimates: tuple[float, ...]
 
 
-class PerplexityReader:
-    """Reads llama-perplexity's output as it comes, in pieces of any size."""
-
-    def __init__(self) -> None:
-        self._text = ""
-        self._seen = 0
-        self.estimates: list[float] = []
-        self.total: int | None = None
-
-    def feed(self, text: str) -> bool:
-        """Take more output; true if there is a new estimate."""
-        self._text += text
-        if self.total is None and (match := _CHUNKS.search(self._text)):
-            self.total = int(match[1])
-        before = len(self.estimates)
-        for match in _ESTIMATE.finditer(self._text, self._seen):
-            self.estimates.append(float(match[2]))
-            self._seen = match.end()
-        return len(self.estimates) > before
-
-    def result(self) -> Perplexity:
-        """The result, once the tool has ended.
-
-        Raises:
-            ToolOutputError: if the final estimate is missing.
-        """
-        chunks = _CHUNKS.search(self._text)
-        final = _FINAL.search(self._text)
-        if not chunks or not final:
-            last = self._text.strip().splitlines()[-1:] or ["nothing"]
-            raise ToolOutputError(f"llama-perplexity gave no final estimate; it ended with: {last[0]}")
-        return Perplexity(
-            float(final[1]), float(final[2]), int(chunks[1]), int(chunks[2]), tuple(self.estimates)
-        )
-
-    def too_short(self) -> int | None:
-        """Tokens of the text, if the tool refused it as too short."""
-        match = _TOO_SHORT.search(self._text)
-        return int(match[1]) if match else None
+def _bits(type: str) -> float:
+    block, nbytes = _type_size(type)
+    return 8 * nbytes / block
 
 
-def parse_version(text: str) -> str:
-    """The commit that a tool was built from, as it prints it.
+def _type_size(type: str) -> tuple[int, int]:
+    size = TYPE_SIZES.get(type.upper())
+    if size is None:
+        raise ToolOutputError(f"llama-quantize speaks of a type '{type}' that is not known here")
+    return size
+
+
+# llama-quantize. Warnings and results come on lines of their own:
+#   warning: NAME - ncols 576 not divisible by 256 (required for type q4_K) -> falling back to q5_0
+#   [  3/ 272] NAME - [ 576, 192, 1, 1], type = f16, converting to q5_0 .. size = 1 MiB -> 1 MiB
+#   [  3/ 272] NAME - [ 576, 192, 1, 1], type = f16, size = 1 MiB -> 1 MiB (q5_0)   in a dry run
+#   [  1/ 272] NAME - [ 576, 1, 1, 1], type = f32, size = 0.002 MiB                 left alone
+_TENSOR = re.compile(
+    r"^\[ *(?P<index>\d+)/ *(?P<total>\d+)\] (?P<name>\S+) +- \[(?P<shape>[\d, ]+)\], "
+    r"type = +(?P<from_type>\w+), (?P<rest>.*)$"
+)
+_CONVERTED = re.compile(r"converting to (\w+) \.\. .*size = +[\d.]+ MiB -> +[\d.]+ MiB$")
+_PLANNED = re.compile(r"size = +[\d.]+ MiB -> +[\d.]+ MiB \((\w+)\)$")
+_LEFT_ALONE = re.compile(r"size = +[\d.]+ MiB$")
+_FALLBACK = re.compile(
+    r"^warning: (?P<name>\S+) +- ncols .*\(required for type +(?P<wanted>\w+)\)"
+    r".*-> falling back to +(?P<got>\w+)$"
+)
+_FALLBACK_COUNT = re.compile(r"WARNING: (\d+) of (\d+) tensor\(s\) required fallback")
+_QUANT_SIZE = re.compile(rf"quant size *= *{_NUMBER} MiB \(({_NUMBER}) BPW\)")
+
+
+def parse_quantize(text: str, *, seconds: float, peak_rss_nbytes: int) -> QuantizeOutput:
+    """Read what llama-quantize printed, of a real or a dry run.
 
     Raises:
-        ToolOutputError: if it prints none.
+        ToolOutputError: if a line cannot be read, a tensor or the result is
+            missing, or the fallbacks do not add up to the tool's own count.
     """
-    match = _VERSION.search(text)
-    if not match:
-        raise ToolOutputError(f"no commit in the version text: {text.strip()[:200]!r}")
-    return match[1]
+    tensors: list[TensorPlan] = []
+    wanted: dict[str, str] = {}
+    got: dict[str, str] = {}
+    total = told_fallbacks = 0
+    bits_per_weight = None
+    for line in text.splitlines():
+        if found := _FALLBACK.match(line):
+            wanted[found["name"]], got[found["name"]] = found["wanted"], found["got"]
+        elif "falling back" in line:
+            raise ToolOutputError(f"this line of llama-quantize cannot be read: {line}")
+        elif re.match(r"\[ *\d+/ *\d+\]", line):
+            tensors.append(_tensor_of(line))
+            total = _total_of(line)
+        elif found := _QUANT_SIZE.search(line):
+            bits_per_weight = float(found[1])
+        elif found := _FALLBACK_COUNT.search(line):
+            told_fallbacks = int(found[1])
+    if bits_per_weight is None:
+        raise ToolOutputError("llama-quantize printed no 'quant size = ... BPW'")
+    if len(tensors) != total:
+        raise ToolOutputError(f"llama-quantize listed {len(tensors)} of {total} tensors")
+    if told_fallbacks != len(got):
+        raise ToolOutputError(
+            f"llama-quantize counts {told_fallbacks} tensors that fell back, but named {len(got)}"
+        )
+    return QuantizeOutput(
+        tensors=tuple(tensors),
+        fallbacks=dict(Counter(got.values())),
+        fallback_tensors=got,
+        types_wanted=wanted,
+        total_tensors=total,
+        bits_per_weight=bits_per_weight,
+        seconds=seconds,
+        peak_rss_nbytes=peak_rss_nbytes,
+    )
 
 
-def build_share(line: str) -> float | None:
-    """Share done, 0 to 1, from a line of ninja or make."""
-    if match := _NINJA.match(line):
-        return int(match[1]) / int(match[2])
-    if match := _MAKE.match(line):
-        return int(match[1]) / 100
+def _tensor_of(line: str) -> TensorPlan:
+    found = _TENSOR.match(line)
+    if not found:
+        raise ToolOutputError(f"this line of llama-quantize cannot be read: {line}")
+    rest, from_type = found["rest"], found["from_type"]
+    if changed := _CONVERTED.search(rest) or _PLANNED.search(rest):
+        type = changed[1]
+    elif _LEFT_ALONE.search(rest):
+        type = from_type
+    else:
+        raise ToolOutputError(f"this line of llama-quantize cannot be read: {line}")
+    shape = [int(n) for n in found["shape"].split(",")]
+    while len(shape) > 1 and shape[-1] == 1:
+        shape.pop()
+    block, nbytes = _type_size(type)
+    return TensorPlan(found["name"], type, from_type, tuple(shape), prod(shape) // block * nbytes)
+
+
+def _total_of(line: str) -> int:
+    return int(line.partition("/")[2].partition("]")[0])
+
+
+class _Lines:
+    """Cuts text that comes in pieces into whole lines; a carriage return ends one as well."""
+
+    def __init__(self) -> None:
+        self._rest = ""
+
+    def feed(self, text: str) -> list[str]:
+        """The lines that are whole now."""
+        *lines, self._rest = re.split(r"[\r\n]", self._rest + text)
+        return lines
+
+
+class TensorCount:
+    """Watches llama-quantize's text as it comes and tells how many tensors are done."""
+
+    def __init__(self, on_total: Callable[[float], None], on_done: Callable[[float], None]) -> None:
+        self._on_total = on_total
+        self._on_done = on_done
+        self._total = 0
+        self._lines = _Lines()
+
+    def feed(self, text: str) -> None:
+        """Take the next piece of text."""
+        for line in self._lines.feed(text):
+            if found := _TENSOR.match(line):
+                if not self._total:
+                    self._total = int(found["total"])
+                    self._on_total(self._total)
+                self._on_done(int(found["index"]))
+
+
+# llama-perplexity prints "[1]44.1913,[2]42.3745," with no line end until the last.
+_ESTIMATE = re.compile(rf"\[(\d+)\]({_NUMBER}),")
+_CHUNKS = re.compile(r"calculating perplexity over (\d+) chunks, n_ctx=(\d+),")
+_FINAL = re.compile(rf"Final estimate: PPL = ({_NUMBER}) \+/- ({_NUMBER})")
+_NEEDED = re.compile(r"you need at least (\d+) tokens")
+_HAVE = re.compile(r"tokenizes to only (\d+) tokens")
+
+
+class Estimates:
+    """Watches llama-perplexity's text as it comes and tells each estimate.
+
+    Attributes:
+        chunks: number of chunks, once the tool has said so.
+    """
+
+    def __init__(self, on_estimate: Callable[[int, int | None, float], None] | None) -> None:
+        self.chunks: int | None = None
+        self._on_estimate = on_estimate
+        self._rest = ""
+
+    def feed(self, text: str) -> None:
+        """Take the next piece of text."""
+        self._rest += text
+        if self.chunks is None:
+            found = _CHUNKS.search(self._rest)
+            if not found:
+                return
+            self.chunks = int(found[1])
+            self._rest = self._rest[found.end() :]
+        end = 0
+        for found in _ESTIMATE.finditer(self._rest):
+            end = found.end()
+            if self._on_estimate:
+                self._on_estimate(int(found[1]), self.chunks, float(found[2]))
+        self._rest = self._rest[end:]
+
+
+def parse_perplexity(text: str, *, seconds: float, peak_rss_nbytes: int) -> PerplexityOutput:
+    """Read what llama-perplexity printed.
+
+    Raises:
+        ToolOutputError: if the number of chunks, an estimate or the final
+            estimate is missing, or the result is not a finite number.
+    """
+    plan, final = _CHUNKS.search(text), _FINAL.search(text)
+    if not plan:
+        raise ToolOutputError("llama-perplexity did not print how many chunks it reads")
+    if not final:
+        raise ToolOutputError("llama-perplexity printed no 'Final estimate: PPL = ...'")
+    chunks, context = int(plan[1]), int(plan[2])
+    perplexity, error = float(final[1]), float(final[2])
+    if not (perplexity < float("inf") and error < float("inf")):
+        raise ToolOutputError(
+            f"llama-perplexity ended with no number: {final[0]}", "The model's weights are broken"
+        )
+    estimates = {int(n): float(value) for n, value in _ESTIMATE.findall(text[plan.end() :])}
+    if sorted(estimates) != list(range(1, chunks + 1)):
+        raise ToolOutputError(f"llama-perplexity printed {len(estimates)} of {chunks} estimates")
+    return PerplexityOutput(
+        perplexity=perplexity,
+        error=error,
+        tokens=chunks * context,
+        chunks=chunks,
+        context=context,
+        seconds=seconds,
+        peak_rss_nbytes=peak_rss_nbytes,
+        chunk_estimates=tuple(estimates[n] for n in sorted(estimates)),
+    )
+
+
+def parse_short_text(text: str) -> tuple[int, int] | None:
+    """Tokens there are and tokens needed, if llama-perplexity says a text is too short."""
+    needed, have = _NEEDED.search(text), _HAVE.search(text)
+    return (int(have[1]), int(needed[1])) if needed and have else None
+
+
+# The converter.
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that went wrong, in plain words, and what can be done."""
+
+    message: str
+    hint: str
+
+
+def conversion_problem(tail: Sequence[str]) -> Problem | None:
+    """A failure of the converter that has a plain explanation, or None."""
+    text = "\n".join(tail)
+    if found := re.search(r"Model (\S+) is not supported|Architecture '(\S+)' not supported", text):
+        return Problem(
+            f"llama.cpp at this commit does not know the architecture {found[1] or found[2]}",
+            "A newer llama.cpp may: ggufkit build --source DIR",
+        )
+    if "BPE pre-tokenizer was not recognized" in text:
+        return Problem(
+            "llama.cpp does not recognise its tokenizer (the way text is split before BPE)",
+            "Use the tokenizer files of the model's publisher, unchanged, "
+            "or a newer llama.cpp: ggufkit build --source DIR",
+        )
+    if found := re.search(r"Quant method is not yet supported: '?(\w+)'?", text):
+        return Problem(
+            f"its weights are quantized already, by '{found[1]}'",
+            "Use the unquantized checkpoint that it was made from",
+        )
     return None
 
 
-def convert_share(line: str) -> float | None:
-    """Share written, 0 to 1, from a line of the converter's bar."""
-    match = _TQDM.search(line)
-    return int(match[1]) / 100 if match else None
+class Percentages:
+    """Watches text with progress bars such as ``Writing:  12%|`` as it comes."""
+
+    _BAR = re.compile(r"Writing: +(\d+)%")
+
+    def __init__(self, on_percent: Callable[[int], None]) -> None:
+        self._on_percent = on_percent
+        self._rest = ""
+
+    def feed(self, text: str) -> None:
+        """Take the next piece of text."""
+        self._rest += text
+        for found in self._BAR.finditer(self._rest):
+            self._on_percent(int(found[1]))
+        self._rest = self._rest[-16:] if "%" not in self._rest[-16:] else ""
 
 
-def convert_failure(lines: Iterable[str]) -> tuple[str, str]:
-    """What the converter's last words mean: a message and a hint."""
-    text = "\n".join(lines)
-    if match := re.search(r"Model (\S+) is not supported", text):
-        return (
-            f"llama.cpp's converter does not know the architecture '{match[1]}'",
-            "Only architectures that llama.cpp runs can become a GGUF",
-        )
-    if "BPE pre-tokenizer was not recognized" in text:
-        return (
-            "llama.cpp's converter does not recognise the tokenizer of this checkpoint",
-            "Its tokenizer.json must be that of a model family which llama.cpp knows",
-        )
-    last = [line for line in text.splitlines() if line.strip()][-1:] or ["no output"]
-    return (f"llama.cpp's converter failed: {last[0].strip()}", "")
+# Builds.
+_STEP = re.compile(r"^\[ *(\d+)(?:/(\d+)|%)\]")
+
+
+class BuildSteps:
+    """Watches ``[12/345]`` of ninja or ``[ 12%]`` of make as it comes."""
+
+    def __init__(self, on_step: Callable[[int, int, str], None]) -> None:
+        self._on_step = on_step
+        self._lines = _Lines()
+
+    def feed(self, text: str) -> None:
+        """Take the next piece of text."""
+        for line in self._lines.feed(text):
+            if found := _STEP.match(line):
+                what = line[found.end() :].rpartition("/")[2].strip()
+                self._on_step(int(found[1]), int(found[2] or 100), what)
+
+
+_VERSION = re.compile(r"^version: .*\bcommit (\w+)\)|^version: \d+ \((\w+)\)", re.MULTILINE)
+
+
+def parse_version(text: str) -> str:
+    """The commit in what ``--version`` prints.
+
+    Raises:
+        ToolOutputError: if there is none.
+    """
+    found = _VERSION.search(text)
+    if not found:
+        raise ToolOutputError(f"the tool does not say its commit: {text.strip()[:200]}")
+    return found[1] or found[2]
 
 
 def parse_devices(text: str) -> tuple[str, ...]:
-    """Names of the GPU devices that ``llama-bench --list-devices`` sees."""
-    _, found, rest = text.partition("Available devices:")
-    if not found:
-        raise ToolOutputError("llama-bench listed no devices section")
-    lines = (line.strip() for line in rest.splitlines())
-    return tuple(line for line in lines if line and line != "(none)")
+    """The lines of ``llama-bench --list-devices``; none for a CPU alone.
+
+    Raises:
+        ToolOutputError: if there is no list.
+    """
+    _, head, listed = text.partition("Available devices:")
+    if not head:
+        raise ToolOutputError(f"llama-bench printed no list of devices: {text.strip()[:200]}")
+    lines = [line.strip() for line in listed.splitlines() if line.strip()]
+    return () if lines == ["(none)"] else tuple(lines)
 
 
-def parse_cpu_features(text: str) -> tuple[str, ...]:
-    """CPU features that a build uses, from llama.cpp's ``system_info`` line."""
-    match = re.search(r"system_info: .*?CPU : (.*)", text)
-    if not match:
-        raise ToolOutputError("no system_info line")
-    return tuple(re.findall(r"(\w+) = 1", match[1]))
+_CPU_FEATURE = re.compile(r"(\w+) = 1\b")
+
+
+def parse_system_info(text: str) -> tuple[str, ...]:
+    """CPU features in use, from the line ``system_info: ... | CPU : AVX2 = 1 | ...``.
+
+    Raises:
+        ToolOutputError: if there is no such line.
+    """
+    for line in text.splitlines():
+        if "system_info:" in line and "CPU :" in line:
+            return tuple(_CPU_FEATURE.findall(line.partition("CPU :")[2]))
+    raise ToolOutputError("the tool printed no 'system_info: ... CPU : ...'")
+
+
+_STAMP = re.compile(r"^[\d.]+ [A-Z] ")
+_REASON = re.compile(
+    r"error|fail|invalid|cannot|unable|abort|exception|not found|no such|not supported"
+    r"|unknown|out of memory|GGML_ASSERT",
+    re.IGNORECASE,
+)
+
+
+def essential_line(tail: Sequence[str]) -> str:
+    """The line that says why a tool failed.
+
+    A Python traceback says it last; the C++ tools say it first and then that
+    they failed because of it.
+    """
+    lines = [_STAMP.sub("", line).strip() for line in tail]
+    lines = [line for line in lines if line]
+    if not lines:
+        return "it printed nothing"
+    if any(line.startswith("Traceback (most recent call last)") for line in lines):
+        return lines[-1]
+    for pattern in (re.compile(r"failed to quantize: "), re.compile(r"(?i)\berror: "), _REASON):
+        for line in lines:
+            if pattern.search(line):
+                return line
+    return lines[-1]
+
+
+_COMPILER_ERROR = re.compile(r"CMake Error|(?:fatal )?error: |^make.*\*\*\*|ninja: error")
+
+
+def build_error(text: str) -> str:
+    """The first error in what cmake, ninja and compilers printed.
+
+    CMake puts the reason on the lines after ``CMake Error at FILE:LINE``.
+    """
+    lines = [line.strip() for line in text.splitlines()]
+    for number, line in enumerate(lines):
+        if _COMPILER_ERROR.search(line):
+            rest = [x for x in lines[number + 1 :] if x] if line.startswith("CMake Error") else []
+            return " ".join([line, *rest[:1]])
+    return essential_line(lines[-40:])

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from ggufkit.errors import IntegrityError
 
+COMMIT_LENGTH = 9
+"""Characters of a commit that the tools are told, and print."""
+
 _PACKAGE = Path(__file__).resolve().parent.parent
 _RECIPE_FILES = ("CMakeLists.txt", "CMakePresets.json")
 
@@ -20,7 +23,7 @@ class Pin:
         version: its version.
         sdist: file name of the archive.
         sha256: of the archive, hex.
-        llama_cpp_commit: short hash of the llama.cpp commit inside.
+        llama_cpp_commit: full hash of the llama.cpp commit inside.
     """
 
     package: str
@@ -28,6 +31,11 @@ class Pin:
     sdist: str
     sha256: str
     llama_cpp_commit: str
+
+    @property
+    def commit(self) -> str:
+        """The commit as the tools print it: shortened."""
+        return self.llama_cpp_commit[:COMMIT_LENGTH]
 
     @property
     def requirement(self) -> str:

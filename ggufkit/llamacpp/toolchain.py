@@ -1,44 +1,37 @@
-"""Build, find, identify and run the native tools. The only user of subprocess.
+"""Find, identify and run the native tools. The only user of :mod:`subprocess`.
 
-One source archive gives the tools, the converter and the Python binding the
-same llama.cpp. A build lives in the cache, under a key that covers the pin,
-backend, flags, compiler and CPU; ``build.json`` is written last, so what is
-half-built is never found.
+:mod:`ggufkit.llamacpp.building` makes what is found here.
 """
 
-import ctypes
+import codecs
+import functools
 import hashlib
 import json
 import os
-import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
-import tarfile
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from functools import cache
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as package_version
+from importlib.util import find_spec
+from io import FileIO
 from pathlib import Path
-
-from filelock import FileLock
+from tempfile import TemporaryDirectory
+from typing import IO, Any
 
 from ggufkit import settings
-from ggufkit.errors import GgufkitError, IntegrityError, ToolError, UsageError
-from ggufkit.llamacpp import output
-from ggufkit.llamacpp.pin import COMMIT_LENGTH, Pin, native_dir, read_pin
-from ggufkit.progress import SILENT, Progress
-from ggufkit.store import require_space, write_atomically
-from ggufkit.values import GGUFFile
+from ggufkit.errors import GgufkitError, IntegrityError, SourceError, ToolError, ToolOutputError
+from ggufkit.llamacpp import host, leash, output
+from ggufkit.llamacpp.output import PerplexityOutput, QuantizeOutput
+from ggufkit.llamacpp.pin import read_pin, recipe_digest
+from ggufkit.progress import SILENT, Progress, Task
 
-BACKENDS = ("cpu", "cuda", "vulkan", "metal", "hip")
+BUILD_FILE = "build.json"
 TOOLS = (
     "llama-quantize",
     "llama-perplexity",
@@ -47,27 +40,180 @@ TOOLS = (
     "llama-gguf-split",
     "llama-export-lora",
 )
-BINDING = "llama-cpp-python"
-_MANIFEST = "build.json"
-_SCRIPTS = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion", "gguf-py/gguf")
-_MIN_CMAKE = (3, 21)
-_BUILD_NBYTES = {"cpu": 1 << 30, "cuda": 6 << 30}
 _TAIL_LINES = 40
+_TAIL_CHARACTERS = 16_384
+_CHUNK = 65_536
+_BUILD_HINT = "Run: ggufkit build"
 
 
-# --- running -----------------------------------------------------------------
+@dataclass(frozen=True)
+class NativeBuild:
+    """A finished build of llama.cpp in the cache.
+
+    Attributes:
+        root: its directory; nothing in it refers to another place.
+        key: over all that can change the build.
+        commit: short hash of the llama.cpp commit.
+        backend: such as ``cpu`` or ``cuda``.
+        compiler: first line of the compiler's ``--version``.
+        cpu: model and instruction sets of the CPU that it was built for.
+        flags: further settings: CMake arguments, compiler flags of the environment.
+        tools: names of the tools that were built.
+        built: UTC time, ISO 8601.
+        source_kind: ``pin``, or ``checkout`` for somebody's own llama.cpp.
+        source: SHA-256 of the pinned archive, or path of the checkout.
+        recipe: digest of the build files.
+    """
+
+    root: Path
+    key: str
+    commit: str
+    backend: str
+    compiler: str
+    cpu: str
+    flags: tuple[str, ...]
+    tools: tuple[str, ...]
+    built: str
+    source_kind: str
+    source: str
+    recipe: str
+
+    @property
+    def bin(self) -> Path:
+        """The directory of the tools and the shared libraries."""
+        return self.root / "bin"
+
+    @property
+    def scripts(self) -> Path:
+        """The directory of the converters and what they import."""
+        return self.root / "scripts"
+
+    def tool(self, name: str) -> Path:
+        """The executable of that name.
+
+        Raises:
+            ToolError: if this build has none.
+        """
+        path = self.bin / (name + (".exe" if os.name == "nt" else ""))
+        if name not in self.tools or not path.is_file():
+            raise ToolError(
+                f"this build of llama.cpp has no {name}: {self.root}", "Run: ggufkit build --force"
+            )
+        return path
+
+    def digest_of(self, tool: str) -> str:
+        """SHA-256 (hex) over a tool and the libraries beside it.
+
+        The executables are thin; what they do lies in the libraries.
+        """
+        libraries = sorted(
+            p
+            for p in self.bin.iterdir()
+            if not p.is_symlink() and re.search(r"\.so|\.dylib|\.dll", p.name)
+        )
+        return _digest_of_files((self.tool(tool), *libraries))
+
+
+@functools.lru_cache
+def _digest_of_files(paths: tuple[Path, ...]) -> str:
+    summer = hashlib.sha256()
+    for path in paths:
+        summer.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return summer.hexdigest()
+
+
+def read_build(root: Path) -> NativeBuild:
+    """Read a build's own description.
+
+    Raises:
+        IntegrityError: if the directory holds no finished build.
+    """
+    path = root / BUILD_FILE
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw |= {"root": root, "flags": tuple(raw["flags"]), "tools": tuple(raw["tools"])}
+        return NativeBuild(**raw)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise IntegrityError(f"{root} holds no finished build: {error}", _BUILD_HINT) from error
+
+
+def builds_dir() -> Path:
+    """Where finished builds are kept."""
+    return settings.cache_dir() / "native"
+
+
+def find_build(backend: str | None = None, source: Path | None = None) -> NativeBuild:
+    """The newest build of the present pin that runs on this CPU.
+
+    Args:
+        backend: such as ``cuda``; None for any.
+        source: the llama.cpp checkout that it was built from, instead of the pin.
+
+    Raises:
+        ToolError: if there is none. ``GGUFKIT_NATIVE`` names one explicitly,
+            and then it must be good.
+    """
+    if named := settings.native_build():
+        return _named_build(named)
+    wanted = _wanted_source(source)
+    found, reasons = [], []
+    for path in builds_dir().glob(f"*/{BUILD_FILE}"):
+        if path.parent.suffix:
+            continue
+        try:
+            build = read_build(path.parent)
+        except IntegrityError:
+            reasons.append("it is damaged, or of another version of ggufkit")
+            continue
+        if (build.source_kind, build.source) != wanted or backend not in (None, build.backend):
+            continue
+        if build.cpu != host.cpu_identity():
+            reasons.append("it was built for another CPU")
+        elif build.recipe != recipe_digest():
+            reasons.append("it was built with other build files")
+        else:
+            found.append(build)
+    if found:
+        return max(found, key=lambda b: b.built)
+    what = f"llama.cpp {read_pin().commit}" if source is None else f"{source}"
+    what += f" for {backend}" if backend else ""
+    why = f": there is a build, but {reasons[0]}" if reasons else " yet"
+    raise ToolError(f"{what} is not built{why}", _build_command(backend, source))
+
+
+def _wanted_source(source: Path | None) -> tuple[str, str]:
+    return ("pin", read_pin().sha256) if source is None else ("checkout", str(source.resolve()))
+
+
+def _build_command(backend: str | None, source: Path | None) -> str:
+    options = f" --backend {backend}" if backend else ""
+    options += f" --source {shlex.quote(str(source))}" if source else ""
+    return f"{_BUILD_HINT}{options}"
+
+
+def _named_build(root: Path) -> NativeBuild:
+    build = read_build(root.absolute())
+    if build.cpu != host.cpu_identity():
+        raise ToolError(
+            f"GGUFKIT_NATIVE names a build for another CPU ({build.cpu.partition(':')[0]}): {root}",
+            "Unset GGUFKIT_NATIVE, or build again here: ggufkit build",
+        )
+    return build
+
+
+# Running programs.
 
 
 @dataclass(frozen=True)
 class ToolRun:
-    """A finished process.
+    """A program that has run to its end.
 
     Attributes:
-        argv: what was run.
-        returncode: its exit status; negative for a signal.
+        argv: its command line.
+        returncode: its exit status; negative is the signal that ended it.
         seconds: wall time.
-        peak_rss_nbytes: peak resident memory, from the operating system.
-        tail: its last lines.
+        peak_rss_nbytes: its peak resident memory.
+        tail: the last lines it printed.
     """
 
     argv: tuple[str, ...]
@@ -81,596 +227,272 @@ def run(
     argv: Sequence[str | Path],
     *,
     cwd: Path | None = None,
-    env: Mapping[str, str] | None = None,
-    on_line: Callable[[str], None] | None = None,
+    env: Mapping[str, str | None] | None = None,
     on_text: Callable[[str], None] | None = None,
     log: Path | None = None,
 ) -> ToolRun:
-    """Run a program to its end, reading stdout and stderr together as they come.
+    """Run a program to its end, without a shell.
 
-    The program dies with us: Ctrl-C ends it, and on Linux so does kill -9.
+    It runs in a process group of its own, on a leash: when this process ends
+    in any way, or an exception such as KeyboardInterrupt leaves this function,
+    the program and all that it started are ended and reaped.
 
     Args:
-        argv: program and arguments; never a shell.
-        cwd: directory to run in.
-        env: variables to add to ours.
-        on_line: gets each line; carriage returns end lines too.
-        on_text: gets the output in pieces, as soon as it comes.
-        log: takes all output.
+        argv: program and arguments.
+        cwd: working directory.
+        env: additions to the environment; None as a value removes a name.
+        on_text: gets stdout and stderr, merged, in pieces as they come.
+        log: a file that gets the command line and the same text.
 
     Raises:
-        ToolError: if the program cannot be started.
+        ToolError: if there is no such program, or it vanished without a status.
     """
-    words = tuple(str(word) for word in argv)
+    spelled = [str(a) for a in argv]
+    program = shutil.which(spelled[0])
+    if program is None:
+        raise ToolError(f"there is no program '{spelled[0]}'")
+    environment = {**os.environ, **(env or {})}
     started = time.monotonic()
-    try:
+    with ExitStack() as stack:
+        sink = _open_log(stack, log, spelled)
+        lifeline_end, lifeline = _pipe(stack)
+        report, report_end = _pipe(stack)
+        ends = (lifeline_end.fileno(), report_end.fileno())
+        leashed = [sys.executable, "-I", "-S", leash.__file__, *map(str, ends), program]
         process = subprocess.Popen(
-            words,
+            [*leashed, *spelled[1:]],
             cwd=cwd,
-            env={**os.environ, **(env or {})},
+            env={name: value for name, value in environment.items() if value is not None},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            pass_fds=ends,
+            start_new_session=True,
         )
-    except OSError as error:
-        raise ToolError(f"{words[0]} cannot be started: {error.strerror}") from error
-    tail: deque[str] = deque(maxlen=_TAIL_LINES)
-    try:
-        _pump(process, tail, on_line, on_text, log)
-        status, usage = _wait(process)
-    except BaseException:
-        process.terminate()
-        _wait(process)
-        raise
-    # macOS counts bytes, Linux kibibytes.
-    scale = 1 if sys.platform == "darwin" else 1024
-    return ToolRun(words, status, time.monotonic() - started, usage * scale, tuple(tail))
+        assert process.stdout is not None
+        try:
+            with process.stdout:
+                lifeline_end.close()
+                report_end.close()
+                tail = _pump(process.stdout, on_text, sink)
+                told = report.read()
+        finally:
+            lifeline.close()
+            process.wait()
+    if not told:
+        raise ToolError(f"{Path(program).name} was ended from outside", _log_hint(log))
+    return ToolRun(
+        argv=tuple(spelled), seconds=time.monotonic() - started, tail=tail, **json.loads(told)
+    )
 
 
-def _die_with_parent() -> None:
-    """Ask the kernel to end this child when its parent is gone (prctl(2))."""
-    set_parent_death_signal = 1
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+def _pipe(stack: ExitStack) -> tuple[FileIO, FileIO]:
+    reading, writing = os.pipe()
+    return stack.enter_context(FileIO(reading, "r")), stack.enter_context(FileIO(writing, "w"))
+
+
+def _open_log(stack: ExitStack, log: Path | None, argv: list[str]) -> IO[bytes] | None:
+    if log is None:
+        return None
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sink = stack.enter_context(log.open("ab"))
+    sink.write(f"$ {shlex.join(argv)}\n".encode())
+    sink.flush()
+    return sink
 
 
 def _pump(
-    process: "subprocess.Popen[bytes]",
-    tail: deque[str],
-    on_line: Callable[[str], None] | None,
-    on_text: Callable[[str], None] | None,
-    log: Path | None,
-) -> None:
-    import codecs
-    from contextlib import ExitStack
-
-    assert process.stdout is not None
+    stream: IO[bytes], on_text: Callable[[str], None] | None, sink: IO[bytes] | None
+) -> tuple[str, ...]:
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    rest = ""
-    with ExitStack() as stack:
-        stack.enter_context(process.stdout)
-        sink = stack.enter_context(log.open("ab")) if log else None
-        while block := os.read(process.stdout.fileno(), 1 << 16):
-            if sink:
-                sink.write(block)
-                sink.flush()
-            text = decoder.decode(block)
-            if on_text:
-                on_text(text)
-            *lines, rest = re.split(r"[\r\n]+", rest + text)
-            for line in lines:
-                tail.append(line)
-                if on_line:
-                    on_line(line)
-        if rest:
-            tail.append(rest)
-            if on_line:
-                on_line(rest)
+    tail = ""
+    while chunk := os.read(stream.fileno(), _CHUNK):
+        if sink:
+            sink.write(chunk)
+            sink.flush()
+        text = decoder.decode(chunk)
+        tail = (tail + text)[-_TAIL_CHARACTERS:]
+        if on_text:
+            on_text(text)
+    return tuple(tail.splitlines()[-_TAIL_LINES:])
 
 
-def _wait(process: "subprocess.Popen[bytes]") -> tuple[int, int]:
-    """Reap a child: its exit status and its peak resident memory."""
-    if not hasattr(os, "wait4"):
-        return process.wait(), 0
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, usage.ru_maxrss
+def _log_hint(log: Path | None) -> str:
+    return f"All that it printed: {log}" if log else ""
 
 
-def _check(ran: ToolRun, log: Path, failure: tuple[str, str] | None = None) -> None:
-    """Raise what a failed run means, with the place of its log."""
-    if ran.returncode == 0:
-        return
-    name = Path(ran.argv[0]).name
-    message, hint = failure or (f"{name} failed: {_last_words(ran)}", "")
+_SIGNAL_HINTS = {
+    "SIGILL": "The build uses instructions that this CPU lacks. Run: ggufkit build --force",
+    "SIGKILL": "Most often the system was out of memory. Use a smaller context or model",
+}
+
+
+def explain_failure(ran: ToolRun, what: str, log: Path | None, line: str = "") -> ToolError:
+    """The error for a program that ended with a status other than 0.
+
+    Args:
+        ran: the run.
+        what: what it was to do, in words.
+        log: where its output was kept.
+        line: its essential line; looked for in the tail if empty.
+    """
     if ran.returncode < 0:
-        message = f"{name} was ended by {signal.Signals(-ran.returncode).name}: {_last_words(ran)}"
-    place = f"Its output is in {log}"
-    raise ToolError(message, f"{hint}. {place}" if hint else place)
-
-
-def _last_words(ran: ToolRun) -> str:
-    words = [line.strip() for line in ran.tail if line.strip()]
-    return words[-1] if words else f"exit status {ran.returncode}, no output"
-
-
-# --- finding -----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class NativeBuild:
-    """A finished build of the tools and libraries.
-
-    Attributes:
-        root: its directory.
-        key: what it is cached under.
-        commit: llama.cpp's commit, shortened.
-        source: ``pin``, or the place of the checkout it was made from.
-        backend: one of :data:`BACKENDS`.
-        flags: further CMake arguments.
-        compiler: compiler and version.
-        cpu: identity of the CPU that it was made for.
-        tools: names of the programs that were built.
-        built: UTC time, ISO 8601.
-    """
-
-    root: Path
-    key: str
-    commit: str
-    source: str
-    backend: str
-    flags: tuple[str, ...]
-    compiler: str
-    cpu: str
-    tools: tuple[str, ...]
-    built: str
-
-    @property
-    def bin(self) -> Path:
-        """Directory of programs and shared libraries."""
-        return self.root / "bin"
-
-    @property
-    def scripts(self) -> Path:
-        """Directory of the converter."""
-        return self.root / "scripts"
-
-    def tool(self, name: str) -> Path:
-        """A program of the build.
-
-        Raises:
-            ToolError: if the build has none of that name.
-        """
-        if name not in self.tools:
-            raise ToolError(
-                f"the native build has no {name}", "Run: ggufkit build --force; then ggufkit doctor"
-            )
-        return self.bin / (name + (".exe" if sys.platform == "win32" else ""))
-
-
-def native_cache() -> Path:
-    """Where builds are kept."""
-    return settings.cache_dir() / "native"
-
-
-def find_build(backend: str | None = None) -> NativeBuild:
-    """The newest build for this machine.
-
-    Args:
-        backend: only builds with this backend.
-
-    Raises:
-        ToolError: if there is none, with what to type.
-    """
-    if given := os.environ.get("GGUFKIT_NATIVE"):
-        return _read_build(Path(given))
-    found = [b for b in _builds() if b.cpu == cpu_identity() and backend in (None, b.backend)]
-    ours = [b for b in found if b.commit == read_pin().commit or b.source != "pin"]
-    if not ours:
-        which = f" with the {backend} backend" if backend else ""
-        old = f" ({len(found)} of another pin)" if found else ""
-        raise ToolError(
-            f"llama.cpp is not built yet{which} in {native_cache()}{old}",
-            "Run: ggufkit build" + (f" --backend {backend}" if backend else ""),
+        name = signal.Signals(-ran.returncode).name
+        hint = _SIGNAL_HINTS.get(name, "")
+        return ToolError(
+            f"{what} failed: {Path(ran.argv[0]).name} was ended by {name}",
+            ". ".join(part for part in (hint, _log_hint(log)) if part),
         )
-    return max(ours, key=lambda b: b.built)
+    return ToolError(f"{what} failed: {line or output.essential_line(ran.tail)}", _log_hint(log))
 
 
-def _builds() -> list[NativeBuild]:
-    return [_read_build(p.parent) for p in native_cache().glob(f"*/{_MANIFEST}")]
+# pip, by which everything is fetched.
 
 
-def _read_build(root: Path) -> NativeBuild:
-    try:
-        raw = json.loads((root / _MANIFEST).read_text(encoding="utf-8"))
-        raw |= {"flags": tuple(raw["flags"]), "tools": tuple(raw["tools"]), "root": root}
-        return NativeBuild(**raw)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+def pip(arguments: Sequence[str | Path], **options: Any) -> ToolRun:
+    """Run pip of this Python; options as for :func:`run`.
+
+    Raises:
+        ToolError: if this environment has no pip.
+    """
+    if find_spec("pip") is None:
         raise ToolError(
-            f"{root} is not a native build ({error})", f"Remove {root} and run: ggufkit build"
-        ) from error
-
-
-@cache
-def cpu_identity() -> str:
-    """The CPU that native code is made for: model and a digest of its features."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}".strip()
-    model = re.search(r"^(?:model name|CPU part|cpu model)\s*:\s*(.+)$", text, re.MULTILINE)
-    features = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
-    spelled = " ".join(sorted(features[1].split())) if features else ""
-    digest = hashlib.sha256(spelled.encode()).hexdigest()[:12]
-    return f"{platform.machine()} {model[1].strip() if model else 'unknown'} {digest}"
-
-
-def compiler() -> str:
-    """The C++ compiler that CMake will take, and its version.
-
-    Raises:
-        ToolError: if there is none, with how to get one.
-    """
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if name and (path := shutil.which(name)):
-            return run([path, "--version"]).tail[0]
-    raise ToolError(
-        "there is no C++ compiler",
-        "Debian, Ubuntu: apt install g++   macOS: xcode-select --install   "
-        "Windows: Visual Studio Build Tools",
-    )
-
-
-def cmake_version() -> str:
-    """The version of CMake.
-
-    Raises:
-        ToolError: if there is none, or one that is too old.
-    """
-    hint = "Debian, Ubuntu: apt install cmake   macOS: brew install cmake   or: pip install cmake"
-    if not shutil.which("cmake"):
-        raise ToolError("there is no cmake", hint)
-    first = run(["cmake", "--version"]).tail[0]
-    match = re.search(r"(\d+)\.(\d+)[.\d]*", first)
-    if not match:
-        raise ToolError(f"cmake does not say its version: {first}", hint)
-    if (int(match[1]), int(match[2])) < _MIN_CMAKE:
-        raise ToolError(f"cmake {match[0]} is too old; {_MIN_CMAKE[0]}.{_MIN_CMAKE[1]} is needed", hint)
-    return match[0]
-
-
-# --- building ----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class BuildReport:
-    """What ``build`` did.
-
-    Attributes:
-        build: the native build.
-        reused: whether it was there already.
-        binding: version of llama-cpp-python in this environment; empty if it
-            was not wanted or does not fit.
-        binding_reused: whether that was there already.
-        seconds: time of it all.
-    """
-
-    build: NativeBuild
-    reused: bool
-    binding: str
-    binding_reused: bool
-    seconds: float
-
-
-def build(
-    backend: str = "cpu",
-    *,
-    source: Path | None = None,
-    force: bool = False,
-    install_binding: bool = True,
-    cmake_args: Sequence[str] = (),
-    progress: Progress = SILENT,
-) -> BuildReport:
-    """Build llama.cpp's tools and libraries once, and install the binding on them.
-
-    Args:
-        backend: one of :data:`BACKENDS`.
-        source: a llama.cpp checkout to build instead of the pinned source.
-        force: build again even if there is a build.
-        install_binding: install llama-cpp-python into this environment.
-        cmake_args: further arguments for CMake.
-        progress: who to tell.
-
-    Raises:
-        UsageError: if there is no such backend.
-        IntegrityError: if the fetched archive has another hash than the pin.
-        ToolError: if something is missing or the build fails.
-    """
-    started = time.monotonic()
-    if backend not in BACKENDS:
-        raise UsageError(f"there is no backend '{backend}'", f"Use one of: {', '.join(BACKENDS)}")
-    cmake_version()
-    pin = read_pin()
-    commit = _checkout_commit(source) if source else pin.commit
-    identity = {
-        "source": _checkout_identity(source) if source else pin.sha256,
-        "backend": backend,
-        "flags": list(cmake_args),
-        "compiler": compiler(),
-        "cpu": cpu_identity(),
-        "native": [_file_digest(native_dir() / n) for n in ("CMakeLists.txt", "CMakePresets.json")],
-    }
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    final = native_cache() / f"{backend}-{key}"
-    native_cache().mkdir(parents=True, exist_ok=True)
-    with FileLock(native_cache() / f"{final.name}.lock"):
-        reused = (final / _MANIFEST).exists() and not force
-        if not reused:
-            _build_into(final, source, commit, backend, cmake_args, progress)
-    made = _read_build(final)
-    binding, had = "", False
-    if install_binding:
-        if made.commit == pin.commit:
-            binding, had = _install_binding(pin, progress)
-        else:
-            progress.warn(
-                f"{BINDING} {pin.version} needs llama.cpp {pin.commit}, and {source} is at "
-                f"{made.commit}: chat and serve will not run on this build"
-            )
-    return BuildReport(made, reused, binding, had, round(time.monotonic() - started, 3))
-
-
-def _build_into(
-    final: Path,
-    source: Path | None,
-    commit: str,
-    backend: str,
-    cmake_args: Sequence[str],
-    progress: Progress,
-) -> None:
-    require_space(
-        native_cache(), _BUILD_NBYTES.get(backend, 2 << 30), f"building llama.cpp for {backend}"
-    )
-    # Kept when a build is killed: CMake goes on where it stopped.
-    work = final.with_name(final.name + ".work")
-    work.mkdir(parents=True, exist_ok=True)
-    tree = source or _unpack(_fetch_archive(read_pin(), progress), work / "source", progress)
-    log = work / "build.log"
-    configure = ["cmake", "-S", native_dir(), "--preset", backend, "-B", work / "cmake"]
-    if shutil.which("ninja") and not (work / "cmake" / "Makefile").exists():
-        configure += ["-G", "Ninja"]
-    configure += [
-        f"-DLLAMA_CPP_SOURCE_DIR={tree.resolve()}",
-        f"-DLLAMA_BUILD_COMMIT={commit}",
-        "-DLLAMA_BUILD_NUMBER=0",
-        *cmake_args,
-    ]
-    progress.say(f"building llama.cpp {commit} for {backend}; the log is {log}")
-    _check(run(configure, cwd=native_dir(), log=log), log)
-    with progress.task("building llama.cpp", 1.0) as task:
-
-        def on_line(line: str) -> None:
-            if (share := output.build_share(line)) is not None:
-                task.update(share)
-
-        command = ["cmake", "--build", work / "cmake", "--target", "ggufkit_tools"]
-        command += ["--parallel", str(settings.threads())]
-        ran = run(command, on_line=on_line, log=log)
-    _check(ran, log, None if ran.returncode == 0 else (_compile_error(log, ran), ""))
-    partial = final.with_name(final.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(work / "cmake" / "bin", partial / "bin", symlinks=True)
-    _copy_scripts(tree, partial / "scripts")
-    tools = tuple(t for t in TOOLS if any((partial / "bin").glob(f"{t}*")))
-    told = output.parse_version("\n".join(run([partial / "bin" / TOOLS[1], "--version"]).tail))
-    if told != commit:
-        raise ToolError(f"the tools say they are llama.cpp {told}, not {commit}")
-    manifest = {
-        "key": final.name,
-        "commit": commit,
-        "source": str(source.resolve()) if source else "pin",
-        "backend": backend,
-        "flags": list(cmake_args),
-        "compiler": compiler(),
-        "cpu": cpu_identity(),
-        "tools": list(tools),
-        "built": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    write_atomically(partial / _MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(partial, final)
-    shutil.rmtree(work, ignore_errors=True)
-
-
-def _compile_error(log: Path, ran: ToolRun) -> str:
-    """The first error line of a build log."""
-    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-        if re.search(r"\b(fatal )?error:|CMake Error", line):
-            return f"the build failed: {line.strip()}"
-    return f"the build failed: {_last_words(ran)}"
-
-
-def _copy_scripts(tree: Path, target: Path) -> None:
-    for name in _SCRIPTS:
-        place = target / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if (tree / name).is_dir():
-            shutil.copytree(tree / name, place, ignore=shutil.ignore_patterns("__pycache__"))
-        elif (tree / name).exists():
-            shutil.copy(tree / name, place)
-
-
-def _checkout_commit(source: Path) -> str:
-    if not (source / "CMakeLists.txt").is_file() or not (source / "ggml").is_dir():
-        raise UsageError(f"{source} is not a llama.cpp checkout", "It has CMakeLists.txt and ggml/")
-    ran = run(["git", "-C", source, "rev-parse", "HEAD"]) if shutil.which("git") else None
-    if ran is None or ran.returncode != 0:
-        raise UsageError(
-            f"the commit of {source} cannot be told", "Give a git checkout, so that builds can be named"
+            f"the Python environment {sys.prefix} has no pip, which fetches and installs",
+            f"Run: {shlex.quote(sys.executable)} -m ensurepip --upgrade",
         )
-    return ran.tail[0][:COMMIT_LENGTH]
-
-
-def _checkout_identity(source: Path) -> str:
-    """Commit and uncommitted changes of a checkout, hashed."""
-    told = [
-        run(["git", "-C", source, *words]).tail
-        for words in (("rev-parse", "HEAD"), ("status", "--porcelain"), ("diff", "HEAD"))
-    ]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fetch_archive(pin: Pin, progress: Progress) -> Path:
-    return pip_download(
-        f"{pin.package}=={pin.version}",
-        pin.sha256,
-        settings.cache_dir() / "archives",
-        pin.sdist,
-        source=True,
-        progress=progress,
-    )
+    return run([sys.executable, "-m", "pip", *arguments], **options)
 
 
 def pip_download(
     requirement: str,
     sha256: str,
     directory: Path,
-    file_name: str,
+    progress: Progress = SILENT,
     *,
     source: bool = False,
-    progress: Progress = SILENT,
 ) -> Path:
-    """Fetch one file from the package index that pip is set up for.
+    """Fetch one file of the package index that the user's pip is set up for.
 
     Args:
         requirement: ``name==version``.
-        sha256: hash that the file must have, hex.
-        directory: where to keep it.
-        file_name: its name there.
-        source: fetch the source archive and not a wheel.
-        progress: who to tell.
+        sha256: of the file, hex; pip looks for the file that has it, and the
+            result is checked once more.
+        directory: where to put it; made if missing.
+        progress: told that it is under way.
+        source: take the source archive rather than a wheel.
+
+    Returns:
+        The file.
 
     Raises:
-        IntegrityError: if what came has another hash.
-        ToolError: if pip is missing or could not fetch it.
+        SourceError: if it cannot be fetched.
+        IntegrityError: if what the index has hashes otherwise.
     """
-    target = directory / file_name
-    if target.is_file():
-        if _file_digest(target) == sha256:
-            return target
-        progress.warn(f"{target} has another hash than its pin; fetched again")
-        target.unlink()
-    _require_pip()
-    scratch = directory / f".{file_name}.{os.getpid()}"
-    scratch.mkdir(parents=True, exist_ok=True)
-    log = scratch / "pip.log"
-    try:
-        (scratch / "requirement.txt").write_text(f"{requirement} --hash=sha256:{sha256}\n")
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
-        command += ["--no-binary" if source else "--only-binary", ":all:"]
-        command += ["-r", str(scratch / "requirement.txt"), "-d", str(scratch / "got")]
-        with progress.task(f"fetching {file_name}"):
-            ran = run(command, log=log)
-        if ran.returncode != 0:
-            text = "\n".join(ran.tail)
-            if "DO NOT MATCH" in text:
-                got = re.search(r"Got\s+([0-9a-f]{64})", text)
-                raise IntegrityError(
-                    f"{file_name} has hash {got[1] if got else 'unknown'}, its pin says {sha256}",
-                    "Do not use it: the index serves another file than the one that was checked",
-                )
-            errors = [line for line in ran.tail if line.startswith("ERROR")] or [_last_words(ran)]
-            raise ToolError(
-                f"{requirement} could not be fetched: {errors[-1]}",
-                f"Check the network and pip's settings, or put the file at {target}",
-            )
-        got_file = scratch / "got" / file_name
-        if not got_file.is_file() or _file_digest(got_file) != sha256:
-            raise IntegrityError(f"{file_name} is not what its pin says ({sha256})")
-        os.replace(got_file, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return target
+    directory.mkdir(parents=True, exist_ok=True)
+    wanted = directory / "requirements.txt"
+    wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
+    log = directory / "pip.log"
+    name = requirement.partition("==")[0]
+    kind = ["--no-binary" if source else "--only-binary", name]
+    with progress.task(f"fetching {requirement}") as task:
+        lines = _Counter(task)
+        ran = pip(
+            [
+                *("download", "--no-deps", "--require-hashes", *kind, "--no-input"),
+                *("--dest", directory, "-r", wanted),
+            ],
+            on_text=lines,
+            log=log,
+        )
+    if ran.returncode != 0:
+        raise _download_error(requirement, sha256, ran, log)
+    wanted.unlink()
+    log.unlink()
+    files = [p for p in directory.iterdir() if p.suffix in (".whl", ".gz", ".zip")]
+    if len(files) != 1:
+        raise ToolOutputError(f"pip left {len(files)} files in {directory} instead of one")
+    check_sha256(files[0], sha256)
+    return files[0]
 
 
-def _require_pip() -> None:
-    if run([sys.executable, "-m", "pip", "--version"]).returncode != 0:
-        raise ToolError(
-            f"{sys.executable} has no pip", f"Run: {sys.executable} -m ensurepip --upgrade"
+class _Counter:
+    """Shows that something moves where nobody says how far it is."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._count = 0
+
+    def __call__(self, text: str) -> None:
+        self._count += 1
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        self._task.update(self._count, lines[-1][:60] if lines else "")
+
+
+def _download_error(requirement: str, sha256: str, ran: ToolRun, log: Path) -> GgufkitError:
+    text = "\n".join(ran.tail)
+    if got := re.search(r"Got\s+([0-9a-f]{64})", text):
+        return IntegrityError(
+            f"{requirement} hashes to {got[1]}, but {sha256} is expected",
+            "The package index gives another file; do not use it",
+        )
+    return SourceError(
+        f"{requirement} cannot be fetched: {output.essential_line(ran.tail)}",
+        f"Look at the network, or at the index: {sys.executable} -m pip config list. "
+        + _log_hint(log),
+    )
+
+
+def check_sha256(path: Path, sha256: str) -> None:
+    """Compare a file's hash.
+
+    Raises:
+        IntegrityError: if it is another, naming both.
+    """
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise IntegrityError(
+            f"{path.name} hashes to {found}, but {sha256} is expected", f"Remove {path}"
         )
 
 
-def _unpack(archive: Path, target: Path, progress: Progress) -> Path:
-    """Take llama.cpp out of the source archive of the binding."""
-    done = target / ".complete"
-    inside = f"{archive.name.removesuffix('.tar.gz')}/vendor/llama.cpp/"
-    if not done.exists():
-        shutil.rmtree(target, ignore_errors=True)
-        with progress.task("unpacking llama.cpp"), tarfile.open(archive) as tar:
-            members = []
-            for member in tar:
-                if member.name.startswith(inside):
-                    member.name = member.name[len(inside) :]
-                    members.append(member)
-            if not members:
-                raise IntegrityError(f"{archive} holds no {inside}")
-            tar.extractall(target, members, filter="data")
-        done.touch()
-    return target
-
-
-def binding_version() -> str:
-    """The version of llama-cpp-python in this environment; empty if there is none."""
-    try:
-        return package_version(BINDING)
-    except PackageNotFoundError:
-        return ""
-
-
-def _install_binding(pin: Pin, progress: Progress) -> tuple[str, bool]:
-    """Install the binding without a second build; a wheel of it is kept in the cache."""
-    if binding_version() == pin.version:
-        return pin.version, True
-    _require_pip()
-    tag = f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
-    wheels = settings.cache_dir() / "wheels" / tag / pin.sha256[:12]
-    wheels.mkdir(parents=True, exist_ok=True)
-    log = wheels / "pip.log"
-    pip = [sys.executable, "-m", "pip"]
-    with progress.task(f"installing {BINDING} {pin.version}"):
-        if not list(wheels.glob("*.whl")):
-            archive = _fetch_archive(pin, progress)
-            ran = run(
-                [*pip, "wheel", "--no-deps", "-w", wheels, archive],
-                env={"CMAKE_ARGS": "-DLLAMA_BUILD=OFF"},
-                log=log,
-            )
-            _check(ran, log)
-        (wheel,) = wheels.glob("*.whl")
-        install = [*pip, "install", "--no-deps", "--no-index", "--force-reinstall", wheel]
-        _check(run(install, log=log), log)
-    return pin.version, False
-
-
-# --- the tools ---------------------------------------------------------------
+# The tools.
 
 
 def identify(build: NativeBuild) -> str:
-    """The commit that the build's programs say they are."""
+    """The commit that a build's own llama-perplexity says it is of.
+
+    Raises:
+        ToolError: if it does not run on this machine.
+    """
     ran = run([build.tool("llama-perplexity"), "--version"])
+    if ran.returncode != 0:
+        raise explain_failure(ran, f"starting the tools in {build.bin}", None)
     return output.parse_version("\n".join(ran.tail))
 
 
-def list_devices(build: NativeBuild) -> tuple[str, ...]:
-    """GPU devices that the build sees."""
-    ran = run([build.tool("llama-bench"), "--list-devices"])
-    return output.parse_devices("\n".join(ran.tail))
+def devices(build: NativeBuild) -> tuple[str, ...]:
+    """The GPUs that a build sees, one line each.
+
+    Raises:
+        ToolError: if llama-bench does not run.
+    """
+    text: list[str] = []
+    ran = run([build.tool("llama-bench"), "--list-devices"], on_text=text.append)
+    if ran.returncode != 0:
+        raise explain_failure(ran, "looking for GPUs", None)
+    return output.parse_devices("".join(text))
+
+
+_CONVERTER_ENV: dict[str, str | None] = {
+    # A checkpoint is complete on disk, or it is not converted.
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "PYTHONUNBUFFERED": "1",
+    # The converter must use the gguf-py that it came with.
+    "NO_LOCAL_GGUF": None,
+    "PYTHONPATH": None,
+}
 
 
 def convert_checkpoint(
@@ -684,64 +506,51 @@ def convert_checkpoint(
     log: Path,
     progress: Progress = SILENT,
 ) -> ToolRun:
-    """Convert a checkpoint with llama.cpp's own converter, in a process of its own.
+    """Convert a checkpoint to a GGUF with llama.cpp's converter.
 
     Args:
         build: whose converter to run.
-        checkpoint: directory of the checkpoint.
-        out: the GGUF to write.
+        checkpoint: its directory.
+        out: the GGUF to write; removed again on failure.
         outtype: ``f32``, ``f16`` or ``bf16``.
-        name: ``general.name``; given, so that it does not hang on directory names.
-        vocab_only: write metadata and tokenizer, no tensors.
-        log: takes its output.
-        progress: told how far it is.
+        name: the model's name in the metadata; given because the converter
+            would make one up from the directory's name.
+        vocab_only: write metadata and vocabulary but no tensors.
+        log: gets what it prints.
+        progress: told how much is written.
 
     Raises:
-        ToolError: if it fails, with its reason in plain words.
+        ToolError: if the converter fails, with its reason.
     """
-    command = [sys.executable, build.scripts / "convert_hf_to_gguf.py", checkpoint.absolute()]
-    command += ["--outfile", out.absolute(), "--outtype", outtype, "--model-name", name]
-    command += ["--vocab-only"] if vocab_only else []
-    title = "reading the tokenizer" if vocab_only else f"converting to {outtype.upper()}"
-    with progress.task(title, 1.0) as task:
-
-        def on_line(line: str) -> None:
-            if (share := output.convert_share(line)) is not None:
-                task.update(share)
-
-        ran = run(
-            command,
-            env={"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"},
-            on_line=on_line,
-            log=log,
-        )
-    _check(ran, log, None if ran.returncode == 0 else output.convert_failure(ran.tail))
-    if not out.is_file():
-        raise ToolError(f"the converter ended well but wrote no {out.name}", f"See {log}")
+    argv: list[str | Path] = [
+        *(sys.executable, build.scripts / "convert_hf_to_gguf.py", checkpoint.absolute()),
+        *("--outfile", out.absolute(), "--outtype", outtype, "--model-name", name),
+        *(["--vocab-only"] if vocab_only else []),
+    ]
+    title = f"reading the vocabulary of {name}" if vocab_only else f"converting {name}"
+    with progress.task(title, 100, "percent") as task:
+        watch = output.Percentages(lambda percent: task.update(percent))
+        try:
+            ran = run(argv, env=_CONVERTER_ENV, on_text=watch.feed, log=log)
+            if ran.returncode != 0:
+                raise _conversion_error(checkpoint, ran, log)
+            if not out.is_file():
+                raise ToolOutputError(f"the converter wrote no {out.name}", _log_hint(log))
+        except BaseException:
+            out.unlink(missing_ok=True)
+            raise
+        task.update(100)
     return ran
 
 
-@dataclass(frozen=True)
-class QuantizeOutput:
-    """A finished llama-quantize: what it said, and what it took."""
-
-    told: output.Quantized
-    seconds: float
-    peak_rss_nbytes: int
-
-    @property
-    def tensors(self) -> tuple[output.TensorPlan, ...]:
-        """All tensors, in file order."""
-        return self.told.tensors
-
-    @property
-    def fallbacks(self) -> dict[str, int]:
-        """Type fallen back to, and how many tensors did."""
-        return self.told.fallback_counts()
-
-    def bits_per_weight_asked(self, written: GGUFFile) -> float:
-        """Bits per weight if every tensor had the type that was wanted for it."""
-        return self.told.bits_per_weight_asked(written)
+def _conversion_error(checkpoint: Path, ran: ToolRun, log: Path) -> ToolError:
+    reason = output.conversion_problem(ran.tail)
+    if reason is None:
+        return explain_failure(ran, f"converting {checkpoint.name}", log)
+    return ToolError(
+        f"{checkpoint.name} cannot be converted: {reason.message}",
+        f"{reason.hint}. {_log_hint(log)}",
+    )
 
 
 def quantize(
@@ -753,79 +562,95 @@ def quantize(
     imatrix: Path | None = None,
     tensor_types: Mapping[str, str] | None = None,
     allow_requantize: bool = False,
+    pure: bool = False,
     dry_run: bool = False,
     threads: int,
     log: Path,
     progress: Progress = SILENT,
 ) -> QuantizeOutput:
-    """Quantize a GGUF with llama-quantize, or ask what it would do.
+    """Quantize a GGUF with llama-quantize.
 
     Args:
         build: whose llama-quantize to run.
-        source: the GGUF to read; an absolute path.
-        out: the GGUF to write; an absolute path. Not written by a dry run.
+        source: the GGUF to read.
+        out: the GGUF to write, an absolute path; removed again on failure,
+            ignored by a dry run.
         type: quantization type.
-        imatrix: importance matrix. llama-quantize stores its path as typed, so
-            it is run beside it with a bare name.
-        tensor_types: exact tensor name to ggml type.
-        allow_requantize: accept tensors that are quantized already.
-        dry_run: only say which type each tensor would get.
-        threads: threads to use.
-        log: takes its output.
+        imatrix: importance matrix.
+        tensor_types: exact tensor name to ggml type, overriding the mixture.
+        allow_requantize: let already quantized tensors be quantized again.
+        pure: give all tensors the same type.
+        dry_run: only plan.
+        threads: how many to use.
+        log: gets what it prints.
         progress: told tensor by tensor.
 
     Raises:
-        ToolError: if it fails, with its reason in plain words.
+        ToolError: if it fails, or a tensor did not get the type asked for.
     """
-    command: list[str | Path] = [build.tool("llama-quantize")]
-    command += ["--dry-run"] if dry_run else []
-    command += ["--allow-requantize"] if allow_requantize else []
-    command += ["--imatrix", imatrix.name] if imatrix else []
-    for name, kind in (tensor_types or {}).items():
-        command += ["--tensor-type", f"^{re.escape(name)}$={kind}"]
-    command += [source] if dry_run else [source, out]
-    command += [type, str(threads)]
-    lines: list[str] = []
-    with progress.task(f"quantizing to {type}") as task:
+    if not out.is_absolute():
+        raise ValueError(f"{out} is not an absolute path")
+    flags: list[str | Path] = []
+    flags += ["--allow-requantize"] if allow_requantize else []
+    flags += ["--pure"] if pure else []
+    flags += ["--dry-run"] if dry_run else []
+    # The GGUF keeps the imatrix path as it was typed: type a base name.
+    flags += ["--imatrix", imatrix.name] if imatrix else []
+    text: list[str] = []
+    title = f"planning {type}" if dry_run else f"quantizing {source.stem} to {type}"
+    with ExitStack() as stack:
+        if tensor_types:
+            flags += ["--tensor-type-file", _overrides_file(stack, tensor_types)]
+        task = stack.enter_context(progress.task(title, unit="tensors"))
+        watch = output.TensorCount(task.set_total, task.update)
 
-        def on_line(line: str) -> None:
-            lines.append(line)
-            if parsed := output.parse_tensor_line(line):
-                task.set_total(parsed[1])
-                task.update(parsed[0])
+        def on_text(piece: str) -> None:
+            text.append(piece)
+            watch.feed(piece)
 
-        ran = run(command, cwd=imatrix.absolute().parent if imatrix else None, on_line=on_line, log=log)
-    failure = None
-    if ran.returncode != 0:
-        message, hint = output.quantize_failure(lines)
-        failure = (f"{source.name} cannot be quantized to {type}: {message}", hint)
-    _check(ran, log, failure)
-    return QuantizeOutput(output.parse_quantize(lines), ran.seconds, ran.peak_rss_nbytes)
+        argv = [
+            *(build.tool("llama-quantize"), *flags, source.absolute()),
+            *([] if dry_run else [out]),
+            *(type, str(threads)),
+        ]
+        try:
+            ran = run(
+                argv, cwd=imatrix.absolute().parent if imatrix else None, on_text=on_text, log=log
+            )
+            if ran.returncode != 0:
+                raise explain_failure(ran, f"quantizing {source.name} to {type}", log)
+            told = output.parse_quantize(
+                "".join(text), seconds=ran.seconds, peak_rss_nbytes=ran.peak_rss_nbytes
+            )
+            _require_overrides(told, tensor_types or {})
+        except BaseException:
+            if not dry_run:
+                out.unlink(missing_ok=True)
+            raise
+    return told
 
 
-@dataclass(frozen=True)
-class PerplexityOutput:
-    """A finished llama-perplexity: its numbers, and what it took.
+def _overrides_file(stack: ExitStack, tensor_types: Mapping[str, str]) -> Path:
+    """Exact names as the patterns that llama-quantize wants, in a file.
 
-    Attributes:
-        perplexity: the final estimate.
-        error: its standard error.
-        tokens: tokens read: chunks times context.
-        chunks: contexts read.
-        context: tokens of each.
-        estimates: the running estimate after each chunk.
-        seconds: wall time.
-        peak_rss_nbytes: peak resident memory.
+    A file, because a large model's names do not fit on a command line.
     """
+    directory = Path(stack.enter_context(TemporaryDirectory(prefix="ggufkit-")))
+    path = directory / "tensor-types.txt"
+    lines = (f"^{re.escape(name)}$={type}\n" for name, type in tensor_types.items())
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
 
-    perplexity: float
-    error: float
-    tokens: int
-    chunks: int
-    context: int
-    estimates: tuple[float, ...]
-    seconds: float
-    peak_rss_nbytes: int
+
+def _require_overrides(told: QuantizeOutput, tensor_types: Mapping[str, str]) -> None:
+    got = {t.name: t.type.lower() for t in told.tensors}
+    for name, type in tensor_types.items():
+        if name not in told.fallback_tensors and got.get(name) != type.lower():
+            raise ToolError(
+                f"tensor {name} was to become {type}, but llama-quantize made it "
+                f"{got.get(name, 'vanish')}",
+                "Override only tensors that the type quantizes",
+            )
 
 
 def perplexity(
@@ -833,8 +658,9 @@ def perplexity(
     model: Path,
     text: Path,
     *,
-    context: int,
+    context: int = 512,
     chunks: int | None = None,
+    batch: int | None = None,
     gpu_layers: int = 0,
     threads: int,
     log: Path,
@@ -845,42 +671,42 @@ def perplexity(
     Args:
         build: whose llama-perplexity to run.
         model: the GGUF.
-        text: a UTF-8 text; its bytes are scored as they are.
+        text: a UTF-8 file.
         context: tokens per chunk.
-        chunks: how many chunks at most.
+        chunks: how many chunks at most; None for all.
+        batch: tokens computed at once; None for the tool's default.
         gpu_layers: layers to put on a GPU.
-        threads: threads to use.
-        log: takes its output.
-        on_estimate: called with chunks done, chunks in all, running estimate.
+        threads: how many to use.
+        log: gets what it prints.
+        on_estimate: called after each chunk with its number (from 1), the
+            number of chunks, and the perplexity so far.
 
     Raises:
         GgufkitError: if the text is shorter than two contexts.
-        ToolError: if it fails.
+        ToolError: if the tool fails.
     """
-    command = [build.tool("llama-perplexity"), "-m", model.absolute(), "-f", text.absolute()]
-    command += ["-c", str(context), "-t", str(threads), "-ngl", str(gpu_layers)]
-    command += ["--chunks", str(chunks)] if chunks else []
-    reader = output.PerplexityReader()
+    argv: list[str | Path] = [
+        *(build.tool("llama-perplexity"), "-m", model.absolute(), "-f", text.absolute()),
+        *("-c", str(context), "-t", str(threads), "-ngl", str(gpu_layers)),
+        *(["--chunks", str(chunks)] if chunks else []),
+        *(["-b", str(batch)] if batch else []),
+    ]
+    printed: list[str] = []
+    watch = output.Estimates(on_estimate)
 
     def on_text(piece: str) -> None:
-        if reader.feed(piece) and on_estimate:
-            on_estimate(len(reader.estimates), reader.total, reader.estimates[-1])
+        printed.append(piece)
+        watch.feed(piece)
 
-    ran = run(command, on_text=on_text, log=log)
-    if (tokens := reader.too_short()) is not None:
-        raise GgufkitError(
-            f"the text has only {tokens} tokens; a context of {context} needs at least {2 * context}",
-            f"Give a longer text, or a smaller context: -c {max(8, tokens // 4)}",
-        )
-    _check(ran, log)
-    result = reader.result()
-    return PerplexityOutput(
-        perplexity=result.perplexity,
-        error=result.error,
-        tokens=result.chunks * result.context,
-        chunks=result.chunks,
-        context=result.context,
-        estimates=result.estimates,
-        seconds=ran.seconds,
-        peak_rss_nbytes=ran.peak_rss_nbytes,
+    ran = run(argv, on_text=on_text, log=log)
+    if ran.returncode != 0 or not watch.chunks:
+        if short := output.parse_short_text("\n".join(ran.tail)):
+            have, need = short
+            raise GgufkitError(
+                f"the text has only {have} tokens; a context of {context} needs at least {need}",
+                f"Use a longer text, or a shorter context: --context {max(8, have // 2)}",
+            )
+        raise explain_failure(ran, f"measuring {model.name}", log)
+    return output.parse_perplexity(
+        "".join(printed), seconds=ran.seconds, peak_rss_nbytes=ran.peak_rss_nbytes
     )
