@@ -24,6 +24,7 @@ from ggufkit.values import (
 )
 
 if TYPE_CHECKING:
+    from ggufkit.doctor import Finding
     from ggufkit.llamacpp.building import BuildReport
     from ggufkit.store import Store
 
@@ -325,3 +326,10 @@ def build(
         cmake_args=cmake_args,
         progress=progress,
     )
+
+
+def doctor(*, models_dir: Path | None = None) -> tuple["Finding", ...]:
+    """Look at all that ggufkit runs on; see :func:`ggufkit.doctor.examine`."""
+    from ggufkit.doctor import examine
+
+    return examine(models_dir)

@@ -10,10 +10,9 @@ from ggufkit.cli.session import Session, json_option, pass_session
 @click.command("build")
 @click.option(
     "--backend",
-    type=click.Choice(["cpu", "cuda", "vulkan", "metal", "hip"]),
     default="cpu",
     show_default=True,
-    help="What to compute on.",
+    help="What to compute on: cpu, cuda, vulkan, metal or hip.",
 )
 @click.option(
     "--source",
@@ -60,5 +59,9 @@ def command(
         if report.binding:
             how = "reused" if report.binding_reused else "installed, running on these libraries"
             session.console.print(f"llama-cpp-python {report.binding}: {how}", soft_wrap=True)
+        if made.source_kind != "pin":
+            session.console.print(
+                f"To use it, set: GGUFKIT_NATIVE={made.root.absolute()}", soft_wrap=True
+            )
 
     session.emit(as_json, report, human)

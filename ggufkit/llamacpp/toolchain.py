@@ -40,6 +40,7 @@ TOOLS = (
     "llama-gguf-split",
     "llama-export-lora",
 )
+_LIBLLAMA = ("libllama.so", "libllama.dylib", "llama.dll")
 _TAIL_LINES = 40
 _TAIL_CHARACTERS = 16_384
 _CHUNK = 65_536
@@ -482,6 +483,40 @@ def devices(build: NativeBuild) -> tuple[str, ...]:
     if ran.returncode != 0:
         raise explain_failure(ran, "looking for GPUs", None)
     return output.parse_devices("".join(text))
+
+
+_PRINT_SYSTEM_INFO = """
+import ctypes, sys
+library = ctypes.CDLL(sys.argv[1])
+library.llama_print_system_info.restype = ctypes.c_char_p
+print("system_info:", library.llama_print_system_info().decode())
+"""
+
+
+def cpu_features(build: NativeBuild) -> tuple[str, ...]:
+    """The CPU features that a build uses, such as ``AVX2``.
+
+    Its libllama is asked in a process of its own, where a library that does
+    not fit can do no harm.
+
+    Raises:
+        ToolError: if the library does not load.
+    """
+    library = next((p for n in _LIBLLAMA if (p := build.bin / n).exists()), build.bin)
+    ran = run([sys.executable, "-I", "-S", "-c", _PRINT_SYSTEM_INFO, library])
+    if ran.returncode != 0:
+        raise explain_failure(ran, f"loading {library}", None)
+    return output.parse_system_info("\n".join(ran.tail))
+
+
+def nvidia_gpus() -> tuple[str, ...]:
+    """The NVIDIA GPUs that the driver sees, one line each; none without a driver."""
+    if shutil.which("nvidia-smi") is None:
+        return ()
+    text: list[str] = []
+    query = ["--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    ran = run(["nvidia-smi", *query], on_text=text.append)
+    return tuple("".join(text).splitlines()) if ran.returncode == 0 else ()
 
 
 _CONVERTER_ENV: dict[str, str | None] = {
