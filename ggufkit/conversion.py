@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ggufkit import settings
 from ggufkit.checkpoint.index import CheckpointIndex, open_checkpoint
+from ggufkit.checkpoint.tokenizer import check_tokenizer
 from ggufkit.evaluate import texts
 from ggufkit.llamacpp.toolchain import NativeBuild
 from ggufkit.progress import Progress
@@ -74,11 +75,12 @@ class Conversion:
             progress=self.progress,
         )
 
-    def require_space(self, *, folded: bool) -> None:
-        """Forecast the disk: folded checkpoint, intermediate, and all types.
+    def check_before_work(self, *, folded: bool) -> None:
+        """Refuse what would fail late: a wrong tokenizer, a disk that is too small.
 
         Called by work that is about to start, not for results that are there.
         """
+        check_tokenizer(self.index)
         copies = (1 if self.types else 0) + (1 if folded else 0)
         needed = copies * self.index.nbytes + space_forecast(self.index.parameters, self.types)
         require_space(self.store.root, needed, f"converting {self.checkpoint.name}")
@@ -146,7 +148,7 @@ class Conversion:
         return facts
 
     def _search_now(self, opened: Mapping[str, tuple[Path, Mapping[str, str]]]) -> dict[str, Json]:
-        self.require_space(folded=True)
+        self.check_before_work(folded=True)
         # These bring torch, which a plain conversion does not need.
         from ggufkit.llamacpp.ggml import Ggml
         from ggufkit.scaling.awq import Job, search_scales
@@ -211,7 +213,7 @@ class Conversion:
             self.fold_into(scales, directory)
 
         def source() -> Path:
-            self.require_space(folded=scales is not None)
+            self.check_before_work(folded=scales is not None)
             made = stages.convert(
                 self.store,
                 self.build,

@@ -1,0 +1,56 @@
+"""Fixtures that need the native tools or the demo model.
+
+They are made once per session, and never skipped: a test that needs a build
+fails without one.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ggufkit import cli
+from ggufkit.llamacpp import toolchain
+from ggufkit.llamacpp.toolchain import NativeBuild
+from ggufkit.store import Store
+
+
+@pytest.fixture(scope="session")
+def native() -> NativeBuild:
+    """The native build; `make test` makes it."""
+    return toolchain.find_build()
+
+
+@pytest.fixture(scope="session")
+def shared_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models directory that tests of the whole way share, to save time."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="session")
+def demo_gguf(shared_models: Path) -> Path:
+    """The demo model's own GGUF (Q4_1), as published."""
+    from ggufkit.sources.demo import demo_gguf
+
+    return demo_gguf(Store(shared_models))
+
+
+@pytest.fixture
+def run_cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command line in this process: exit code, stdout, stderr."""
+
+    def run(*args: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = cli.run([str(arg) for arg in args])
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GGUFKIT_MODELS", "GGUFKIT_HUB", "GGUFKIT_TEXT_DIR"):
+        if name in os.environ:
+            monkeypatch.delenv(name)
