@@ -34,7 +34,8 @@ def command(session: Session, as_json: bool) -> int:
             if finding.remedy:
                 remedy = Text(f"  {'':<{width}}  → {finding.remedy}", style=colour)
                 session.console.print(remedy, soft_wrap=True)
-        session.console.print(f"{problems} problems" if problems else "all that is needed is here")
+        summary = f"problems: {problems}" if problems else "all that is needed is here"
+        session.console.print(summary)
 
     session.emit(as_json, findings, human)
     return 1 if problems else 0

@@ -132,6 +132,8 @@ _FALLBACK = re.compile(
     r".*-> falling back to +(?P<got>\w+)$"
 )
 _FALLBACK_COUNT = re.compile(r"WARNING: (\d+) of (\d+) tensor\(s\) required fallback")
+# Put into the middle of a tensor's line when the imatrix has nothing for it.
+_INTERJECTION = re.compile(r"\n====== [^\n]*\n")
 _QUANT_SIZE = re.compile(rf"quant size *= *{_NUMBER} MiB \(({_NUMBER}) BPW\)")
 
 
@@ -147,7 +149,7 @@ def parse_quantize(text: str, *, seconds: float, peak_rss_nbytes: int) -> Quanti
     got: dict[str, str] = {}
     total = told_fallbacks = 0
     bits_per_weight = None
-    for line in text.splitlines():
+    for line in _INTERJECTION.sub("", text).splitlines():
         if found := _FALLBACK.match(line):
             wanted[found["name"]], got[found["name"]] = found["wanted"], found["got"]
         elif "falling back" in line:
@@ -341,6 +343,22 @@ def conversion_problem(tail: Sequence[str]) -> Problem | None:
     return None
 
 
+def quantize_problem(tail: Sequence[str]) -> Problem | None:
+    """A failure of llama-quantize that has a plain explanation, or None."""
+    text = "\n".join(tail)
+    if "requires an imatrix" in text or "Missing importance matrix" in text:
+        return Problem(
+            "this type needs an importance matrix",
+            "Make one with llama-imatrix and name it with --imatrix, or take a larger type",
+        )
+    if found := re.search(r"requantizing from type (\w+) is disabled", text):
+        return Problem(
+            f"it is quantized already (to {found[1]})",
+            "Start from a float GGUF or the checkpoint, or accept the loss with --allow-requantize",
+        )
+    return None
+
+
 class Percentages:
     """Watches text with progress bars such as ``Writing:  12%|`` as it comes."""
 
@@ -421,6 +439,7 @@ def parse_system_info(text: str) -> tuple[str, ...]:
 
 
 _STAMP = re.compile(r"^[\d.]+ [A-Z] ")
+_GIVEN_REASON = re.compile(r"(?:failed to quantize|error loading model|\bERROR): (.+)")
 _REASON = re.compile(
     r"error|fail|invalid|cannot|unable|abort|exception|not found|no such|not supported"
     r"|unknown|out of memory|GGML_ASSERT",
@@ -435,16 +454,15 @@ def essential_line(tail: Sequence[str]) -> str:
     they failed because of it.
     """
     lines = [_STAMP.sub("", line).strip() for line in tail]
-    lines = [line for line in lines if line]
+    lines = [line for line in lines if line and not line.startswith("warning: ")]
     if not lines:
-        return "it printed nothing"
+        return "it did not say why"
     if any(line.startswith("Traceback (most recent call last)") for line in lines):
         return lines[-1]
-    for pattern in (re.compile(r"failed to quantize: "), re.compile(r"(?i)\berror: "), _REASON):
-        for line in lines:
-            if pattern.search(line):
-                return line
-    return lines[-1]
+    for line in lines:
+        if found := _GIVEN_REASON.search(line):
+            return found[1]
+    return next((line for line in lines if _REASON.search(line)), lines[-1])
 
 
 _COMPILER_ERROR = re.compile(r"CMake Error|(?:fatal )?error: |^make.*\*\*\*|ninja: error")

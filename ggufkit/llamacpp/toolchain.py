@@ -230,6 +230,7 @@ def run(
     cwd: Path | None = None,
     env: Mapping[str, str | None] | None = None,
     on_text: Callable[[str], None] | None = None,
+    stderr_only: bool = False,
     log: Path | None = None,
 ) -> ToolRun:
     """Run a program to its end, without a shell.
@@ -243,7 +244,8 @@ def run(
         cwd: working directory.
         env: additions to the environment; None as a value removes a name.
         on_text: gets stdout and stderr, merged, in pieces as they come.
-        log: a file that gets the command line and the same text.
+        stderr_only: leave stdout out of that, and put it into the log alone.
+        log: a file that gets the command line and all output.
 
     Raises:
         ToolError: if there is no such program, or it vanished without a status.
@@ -265,17 +267,18 @@ def run(
             cwd=cwd,
             env={name: value for name, value in environment.items() if value is not None},
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stdout=(sink or subprocess.DEVNULL) if stderr_only else subprocess.PIPE,
+            stderr=subprocess.PIPE if stderr_only else subprocess.STDOUT,
             pass_fds=ends,
             start_new_session=True,
         )
-        assert process.stdout is not None
+        stream = process.stderr if stderr_only else process.stdout
+        assert stream is not None
         try:
-            with process.stdout:
+            with stream:
                 lifeline_end.close()
                 report_end.close()
-                tail = _pump(process.stdout, on_text, sink)
+                tail = _pump(stream, on_text, sink)
                 told = report.read()
         finally:
             lifeline.close()
@@ -568,7 +571,9 @@ def convert_checkpoint(
         try:
             ran = run(argv, env=_CONVERTER_ENV, on_text=watch.feed, log=log)
             if ran.returncode != 0:
-                raise _conversion_error(checkpoint, ran, log)
+                raise _explained(
+                    ran, f"converting {checkpoint.name}", log, output.conversion_problem(ran.tail)
+                )
             if not out.is_file():
                 raise ToolOutputError(f"the converter wrote no {out.name}", _log_hint(log))
         except BaseException:
@@ -578,14 +583,11 @@ def convert_checkpoint(
     return ran
 
 
-def _conversion_error(checkpoint: Path, ran: ToolRun, log: Path) -> ToolError:
-    reason = output.conversion_problem(ran.tail)
-    if reason is None:
-        return explain_failure(ran, f"converting {checkpoint.name}", log)
-    return ToolError(
-        f"{checkpoint.name} cannot be converted: {reason.message}",
-        f"{reason.hint}. {_log_hint(log)}",
-    )
+def _explained(ran: ToolRun, what: str, log: Path, problem: output.Problem | None) -> ToolError:
+    """The plain explanation of a failure where there is one, else the tool's own words."""
+    if problem is None or ran.returncode < 0:
+        return explain_failure(ran, what, log)
+    return ToolError(f"{what} failed: {problem.message}", f"{problem.hint}. {_log_hint(log)}")
 
 
 def quantize(
@@ -649,11 +651,22 @@ def quantize(
             *(type, str(threads)),
         ]
         try:
+            # It prints tensors to stderr and a few remarks to stdout, whose buffer
+            # is flushed into the middle of a tensor's line.
             ran = run(
-                argv, cwd=imatrix.absolute().parent if imatrix else None, on_text=on_text, log=log
+                argv,
+                cwd=imatrix.absolute().parent if imatrix else None,
+                on_text=on_text,
+                stderr_only=True,
+                log=log,
             )
             if ran.returncode != 0:
-                raise explain_failure(ran, f"quantizing {source.name} to {type}", log)
+                raise _explained(
+                    ran,
+                    f"quantizing {source.name} to {type}",
+                    log,
+                    output.quantize_problem(ran.tail),
+                )
             told = output.parse_quantize(
                 "".join(text), seconds=ran.seconds, peak_rss_nbytes=ran.peak_rss_nbytes
             )
