@@ -5,6 +5,7 @@ directory of its own. Scales are kept per block as they are found, so a killed
 search goes on at the next block and ends with the same bytes.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -82,9 +83,7 @@ def search_scales(
             wanted=lambda number: not all(w.has(number) for w in workers),
             trust_remote_code=trust_remote_code,
         )
-    for worker in workers:
-        worker.finish(blocks)
-    return {worker.job.directory.name: worker.summary() for worker in workers}
+    return {worker.job.directory.name: worker.finish(blocks) for worker in workers}
 
 
 class _Worker:
@@ -97,24 +96,25 @@ class _Worker:
         self._ggml = ggml
         self._scratch = job.directory / ".blocks"
         self._scratch.mkdir(parents=True, exist_ok=True)
-        self._found: list[Found] = []
 
-    def _block_file(self, number: int) -> Path:
-        return self._scratch / f"{number:05d}.safetensors"
+    def _block_file(self, number: int, suffix: str = ".safetensors") -> Path:
+        return self._scratch / f"{number:05d}{suffix}"
 
     def has(self, number: int) -> bool:
         return self._block_file(number).exists()
 
     def search(self, visit: BlockVisit) -> None:
         scales = {}
+        losses = []
         for group in self._family.groups:
             found = self._search_group(visit, group)
-            self._found.append(found)
+            losses.append([found.loss_plain, found.loss])
             shared = sharing(self._index, group)
             scales[scale_name(self._family, visit.number, group)] = (
                 found.scales if shared is None else _per_producer(found.scales, shared)
             )
-        scratch = self._block_file(visit.number).with_suffix(".tmp")
+        self._block_file(visit.number, ".json").write_text(json.dumps(losses), encoding="utf-8")
+        scratch = self._block_file(visit.number, ".tmp")
         write_scales(scratch, scales)
         scratch.replace(self._block_file(visit.number))
 
@@ -126,19 +126,18 @@ class _Worker:
         objective = GroupObjective(self._ggml, weights, kinds, statistics.gram)
         return search_group(objective, weights, statistics, sharing(self._index, group))
 
-    def finish(self, blocks: int) -> None:
+    def finish(self, blocks: int) -> dict[str, Json]:
         merged: dict[str, torch.Tensor] = {}
+        losses: list[list[float]] = []
         for number in range(blocks):
             merged |= read_scales(self._block_file(number))
+            losses += json.loads(self._block_file(number, ".json").read_text(encoding="utf-8"))
         write_scales(self.job.directory / SCALES_FILE, merged)
-
-    def summary(self) -> dict[str, Json]:
-        plain = math.fsum(f.loss_plain for f in self._found)
         return {
-            "objective_plain": plain,
-            "objective": math.fsum(f.loss for f in self._found),
-            "groups": len(self._found),
-            "groups_left_alone": sum(f.loss == f.loss_plain for f in self._found),
+            "objective_plain": math.fsum(plain for plain, _ in losses),
+            "objective": math.fsum(loss for _, loss in losses),
+            "groups": len(losses),
+            "groups_left_alone": sum(plain == loss for plain, loss in losses),
         }
 
 

@@ -1,0 +1,94 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ggufkit.llamacpp.ggml import Ggml
+from ggufkit.llamacpp.toolchain import NativeBuild
+from ggufkit.scaling.search import GroupObjective, kv_head_sharing, search_group
+from ggufkit.scaling.statistics import GroupStatistics
+
+
+@pytest.fixture(scope="module")
+def ggml(native: NativeBuild) -> Ggml:
+    return Ggml(native.bin, threads=2)
+
+
+def inputs_with_outliers(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, width, generator=generator)
+    x[:, ::17] *= 20
+    return x
+
+
+def statistics_of(x: torch.Tensor) -> GroupStatistics:
+    return GroupStatistics((x.T @ x / len(x)), x.abs().mean(0), len(x))
+
+
+def test_the_objective_is_the_error_of_the_outputs(ggml: Ggml) -> None:
+    x = inputs_with_outliers(300, 64)
+    weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(1))
+    kind = ggml.type("q4_0")
+    scales = torch.rand(64, generator=torch.Generator().manual_seed(2)) + 0.5
+    stored = torch.from_numpy(ggml.round_trip(kind, (weight * scales).numpy()))
+    direct = ((x / scales) @ stored.T - x @ weight.T).double().pow(2).sum(1).mean()
+    objective = GroupObjective(ggml, [weight], [kind], statistics_of(x).gram)
+    assert objective(scales) == pytest.approx(float(direct), rel=1e-4)
+
+
+@pytest.mark.parametrize("type", ["q4_0", "q4_k", "q2_k", "iq4_xs"])
+def test_outlier_channels_are_protected(ggml: Ggml, type: str) -> None:
+    x = inputs_with_outliers(600, 256)
+    weights = [
+        torch.randn(n, 256, generator=torch.Generator().manual_seed(n)) for n in (128, 64)
+    ]
+    kinds = [ggml.type(type)] * 2
+    statistics = statistics_of(x)
+    objective = GroupObjective(ggml, weights, kinds, statistics.gram)
+    found = search_group(objective, weights, statistics)
+    assert found.loss < 0.6 * found.loss_plain
+    assert objective(found.scales) == pytest.approx(found.loss)
+    assert found.scales[::17].mean() > 1.5 * found.scales.mean()
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), spread=st.floats(0, 3))
+def test_nothing_ever_gets_worse(ggml: Ggml, seed: int, spread: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(200, 64, generator=generator)
+    x *= (torch.randn(64, generator=generator) * spread).exp()
+    weight = torch.randn(64, 64, generator=generator)
+    statistics = statistics_of(x)
+    objective = GroupObjective(ggml, [weight], [ggml.type("q4_0")], statistics.gram)
+    found = search_group(objective, [weight], statistics)
+    assert found.loss <= found.loss_plain == objective(None)
+    assert bool((found.scales > 0).all())
+    assert bool(found.scales.isfinite().all())
+    if found.loss == found.loss_plain:
+        assert bool((found.scales == 1).all())
+
+
+def test_dead_channels_and_floats_are_left_alone(ggml: Ggml) -> None:
+    weight = torch.zeros(32, 64)
+    statistics = statistics_of(torch.zeros(10, 64))
+    for type in ("q4_0", "f16"):
+        objective = GroupObjective(ggml, [weight], [ggml.type(type)], statistics.gram)
+        found = search_group(objective, [weight], statistics)
+        assert bool((found.scales == 1).all())
+    assert GroupObjective(ggml, [weight], [ggml.type("f16")], statistics.gram).idle
+
+
+def test_tied_scales_are_equal_where_a_head_is_shared(ggml: Ggml) -> None:
+    shared = kv_head_sharing(query_heads=6, kv_heads=2, head_dim=16)
+    assert shared.shape == (96,)
+    # Query heads 0, 1, 2 read key/value head 0; heads 3, 4, 5 read head 1.
+    assert shared[:16].tolist() == shared[16:32].tolist() == list(range(16))
+    assert shared[80:].tolist() == list(range(16, 32))
+    x = inputs_with_outliers(300, 96)
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(3))
+    statistics = statistics_of(x)
+    objective = GroupObjective(ggml, [weight], [ggml.type("q4_0")], statistics.gram)
+    found = search_group(objective, [weight], statistics, shared)
+    for index in range(32):
+        same = found.scales[shared == index]
+        assert bool((same == same[0]).all())
