@@ -371,9 +371,12 @@ class Percentages:
     def feed(self, text: str) -> None:
         """Take the next piece of text."""
         self._rest += text
+        end = 0
         for found in self._BAR.finditer(self._rest):
+            end = found.end()
             self._on_percent(int(found[1]))
-        self._rest = self._rest[-16:] if "%" not in self._rest[-16:] else ""
+        # Long enough for a mark that came half; all else is of no use.
+        self._rest = self._rest[end:][-16:]
 
 
 # Builds.
