@@ -442,6 +442,14 @@ def parse_system_info(text: str) -> tuple[str, ...]:
 
 
 _STAMP = re.compile(r"^[\d.]+ [A-Z] ")
+_STAMPED_ERROR = re.compile(r"^[\d.]+ E .*(?:only \d+ tokens|failed|error|unable)")
+
+
+def says_error(tail: Sequence[str]) -> bool:
+    """Whether llama.cpp's logger got to say why the tool gave up."""
+    return any(_STAMPED_ERROR.match(line) for line in tail)
+
+
 _GIVEN_REASON = re.compile(r"(?:failed to quantize|error loading model|\bERROR): (.+)")
 _REASON = re.compile(
     r"error|fail|invalid|cannot|unable|abort|exception|not found|no such|not supported"

@@ -44,6 +44,9 @@ _LIBLLAMA = ("libllama.so", "libllama.dylib", "llama.dll")
 _TAIL_LINES = 40
 _TAIL_CHARACTERS = 16_384
 _CHUNK = 65_536
+# llama.cpp's logger is a thread that is not waited for when a tool gives up, so
+# the reason may be lost. It gives up early: asking again costs little.
+_TRIES_FOR_A_REASON = 5
 _BUILD_HINT = "Run: ggufkit build"
 
 
@@ -739,22 +742,31 @@ def perplexity(
         *(["--chunks", str(chunks)] if chunks else []),
         *(["-b", str(batch)] if batch else []),
     ]
-    printed: list[str] = []
-    watch = output.Estimates(on_estimate)
+    for _ in range(_TRIES_FOR_A_REASON):
+        printed: list[str] = []
+        watch = output.Estimates(on_estimate)
 
-    def on_text(piece: str) -> None:
-        printed.append(piece)
-        watch.feed(piece)
+        def on_text(
+            piece: str, printed: list[str] = printed, watch: output.Estimates = watch
+        ) -> None:
+            printed.append(piece)
+            watch.feed(piece)
 
-    ran = run(argv, on_text=on_text, log=log)
+        ran = run(argv, on_text=on_text, log=log)
+        if ran.returncode != 1 or watch.chunks or output.says_error(ran.tail):
+            break
     if ran.returncode != 0 or not watch.chunks:
-        if short := output.parse_short_text("\n".join(ran.tail)):
-            have, need = short
-            raise GgufkitError(
-                f"the text has only {have} tokens; a context of {context} needs at least {need}",
-                f"Use a longer text, or a shorter context: --context {max(8, have // 2)}",
-            )
-        raise explain_failure(ran, f"measuring {model.name}", log)
+        raise _perplexity_error(ran, model, context, log)
     return output.parse_perplexity(
         "".join(printed), seconds=ran.seconds, peak_rss_nbytes=ran.peak_rss_nbytes
+    )
+
+
+def _perplexity_error(ran: ToolRun, model: Path, context: int, log: Path) -> GgufkitError:
+    if (counts := output.parse_short_text("\n".join(ran.tail))) is None:
+        return explain_failure(ran, f"measuring {model.name}", log)
+    have, need = counts
+    return GgufkitError(
+        f"the text has only {have} tokens; a context of {context} needs at least {need}",
+        f"Use a longer text, or a shorter context: --context {max(8, have // 2)}",
     )

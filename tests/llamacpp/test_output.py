@@ -156,6 +156,9 @@ def test_perplexity_output_that_is_not_understood(old: str, new: str, message: s
 def test_short_text() -> None:
     assert output.parse_short_text(SHORT) == (1210, 4096)
     assert output.parse_short_text(PERPLEXITY) is None
+    assert output.says_error(SHORT.splitlines())
+    assert not output.says_error(SHORT.splitlines()[:-1]), "how many there are is missing"
+    assert not output.says_error(PERPLEXITY.splitlines())
 
 
 @pytest.mark.parametrize(
