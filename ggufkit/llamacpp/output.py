@@ -282,7 +282,10 @@ def parse_perplexity(text: str, *, seconds: float, peak_rss_nbytes: int) -> Perp
     if not plan:
         raise ToolOutputError("llama-perplexity did not print how many chunks it reads")
     if not final:
-        raise ToolOutputError("llama-perplexity printed no 'Final estimate: PPL = ...'")
+        raise ToolOutputError(
+            "llama-perplexity printed no 'Final estimate: PPL = ...'",
+            "If it came to its end, its logger lost the line: measure again",
+        )
     chunks, context = int(plan[1]), int(plan[2])
     perplexity, error = float(final[1]), float(final[2])
     if not (perplexity < float("inf") and error < float("inf")):

@@ -46,7 +46,7 @@ _TAIL_CHARACTERS = 16_384
 _CHUNK = 65_536
 # llama.cpp's logger is a thread that is not waited for when a tool gives up, so
 # the reason may be lost. It gives up early: asking again costs little.
-_TRIES_FOR_A_REASON = 5
+_TRIES_FOR_A_REASON = 8
 _BUILD_HINT = "Run: ggufkit build"
 
 
@@ -753,7 +753,7 @@ def perplexity(
             watch.feed(piece)
 
         ran = run(argv, on_text=on_text, log=log)
-        if ran.returncode != 1 or watch.chunks or output.says_error(ran.tail):
+        if ran.returncode < 0 or watch.chunks or output.says_error(ran.tail):
             break
     if ran.returncode != 0 or not watch.chunks:
         raise _perplexity_error(ran, model, context, log)
