@@ -25,7 +25,9 @@ from ggufkit.values import (
 
 if TYPE_CHECKING:
     from ggufkit.doctor import Finding
+    from ggufkit.library import ModelEntry
     from ggufkit.llamacpp.building import BuildReport
+    from ggufkit.quantize.inspect import Inspection
     from ggufkit.store import Store
 
 DEFAULT_TYPES = ("q4_k_m",)
@@ -333,3 +335,26 @@ def doctor(*, models_dir: Path | None = None) -> tuple["Finding", ...]:
     from ggufkit.doctor import examine
 
     return examine(models_dir)
+
+
+def inspect(gguf: Path) -> "Inspection":
+    """Look at a GGUF; see :func:`ggufkit.quantize.inspect.inspect`."""
+    from ggufkit import library
+    from ggufkit.quantize.inspect import inspect as look
+
+    return look(gguf, library.manifest_of(gguf))
+
+
+def models(*, models_dir: Path | None = None) -> tuple["ModelEntry", ...]:
+    """What lies in the models directory, the newest first."""
+    from ggufkit import library
+    from ggufkit.store import Store
+
+    return library.list_models(Store(models_dir or settings.models_dir()))
+
+
+def find_model(spec: str | None, models_dir: Path | None = None) -> Path:
+    """The GGUF that somebody means; see :func:`ggufkit.library.find_model`."""
+    from ggufkit import library
+
+    return library.find_model(spec, models_dir or settings.models_dir())

@@ -1,0 +1,91 @@
+"""``ggufkit inspect``: what a GGUF holds."""
+
+from typing import TYPE_CHECKING
+
+import click
+
+from ggufkit.cli.session import Session, json_option, nbytes_text, pass_session
+
+if TYPE_CHECKING:
+    from ggufkit.quantize.inspect import Inspection
+
+
+@click.command("inspect")
+@click.argument("gguf")
+@click.option("--tensors", is_flag=True, help="List all tensors.")
+@json_option
+@pass_session
+def command(session: Session, gguf: str, tensors: bool, as_json: bool) -> None:
+    """Show what a GGUF holds and how it was made.
+
+    GGUF is a file, or a name that `ggufkit models` lists.
+    """
+    from ggufkit import pipeline
+
+    seen = pipeline.inspect(pipeline.find_model(gguf, session.models_dir))
+    session.emit(as_json, seen, lambda: _print(session, seen, tensors))
+
+
+def _print(session: Session, seen: "Inspection", tensors: bool) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = session.console
+    console.print(f"[bold]{escape(str(seen.path))}[/]", soft_wrap=True)
+    rows = Table(box=None, show_header=False, pad_edge=False)
+    rows.add_column(style="dim", no_wrap=True)
+    rows.add_column(overflow="fold")
+    for title, value in _facts(seen):
+        if value:
+            rows.add_row(title, escape(value))
+    console.print(rows)
+    shares = Table(box=None, pad_edge=False)
+    shares.add_column("type")
+    for title in ("tensors", "parameters", "bytes", "share"):
+        shares.add_column(title, justify="right")
+    total = sum(share.nbytes for share in seen.types)
+    for share in seen.types:
+        shares.add_row(
+            share.type,
+            str(share.tensors),
+            f"{share.parameters:,}",
+            nbytes_text(share.nbytes),
+            f"{100 * share.nbytes / total:.1f} %",
+        )
+    console.print(shares)
+    if tensors:
+        listed = Table(box=None, pad_edge=False)
+        for title in ("tensor", "shape", "type"):
+            listed.add_column(title)
+        listed.add_column("bytes", justify="right")
+        for tensor in seen.tensors:
+            shape = " x ".join(str(n) for n in tensor.shape)
+            listed.add_row(escape(tensor.name), shape, tensor.type, nbytes_text(tensor.nbytes))
+        console.print(listed)
+
+
+def _facts(seen: "Inspection") -> list[tuple[str, str]]:
+    template = seen.chat_template
+    heads = f"{seen.heads}" + (f" ({seen.kv_heads} key/value)" if seen.kv_heads else "")
+    facts = [
+        ("name", seen.name),
+        ("architecture", seen.architecture),
+        ("parameters", f"{seen.parameters:,}"),
+        ("size", f"{nbytes_text(seen.nbytes)}, {seen.bits_per_weight:.2f} bits per weight"),
+        ("split", f"into {seen.split} files" if seen.split > 1 else ""),
+        ("context", f"{seen.context_length} tokens" if seen.context_length else ""),
+        ("shape", f"{seen.blocks} blocks, width {seen.embedding_length}, heads {heads}"),
+        ("rope base", f"{seen.rope_base:g}" if seen.rope_base else ""),
+        ("tokenizer", f"{seen.tokenizer}, {seen.vocabulary:,} tokens"),
+        ("special", "  ".join(f"{role} {text}" for role, text in seen.special_tokens.items())),
+        ("template", f"{len(template)} characters: {template.splitlines()[0][:48]}..." if template
+         else "none: chat needs --chat-template"),
+        ("license", seen.license),
+    ]  # fmt: skip
+    if seen.manifest is None:
+        return [*facts, ("made by", "unknown: no manifest of ggufkit")]
+    made = seen.manifest
+    how = f"ggufkit {made.stage} {made.key[:12]}, {made.created}"
+    tool = ", ".join(f"{name} {what}" for name, what in made.tool.items())
+    inputs = ", ".join(f"{role} {str(what)[:12]}" for role, what in made.inputs.items() if what)
+    return [*facts, ("made by", how), ("with", tool), ("from", inputs)]

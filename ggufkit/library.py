@@ -1,0 +1,152 @@
+"""What lies in the models directory, and how people name it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ggufkit.errors import GgufkitError, SourceError
+from ggufkit.llamacpp.gguf import read_gguf
+from ggufkit.store import MANIFEST, Store, read_manifest
+from ggufkit.values import Json, RunManifest
+
+_GGUF_STAGES = ("quantize", "convert", "fetch")
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One GGUF of the models directory.
+
+    Attributes:
+        name: what people type: the file's name without its ending.
+        path: where they find it.
+        type: quantization type asked for, or the stage that made it.
+        bits_per_weight: over all its tensors.
+        nbytes: size of the file.
+        awq: whether AWQ scales are folded in; None if that is not known.
+        inputs: digests of what it was made from; empty if that is not known.
+        created: UTC time, ISO 8601; of the file if it has no manifest.
+        known: whether a manifest says how it was made.
+    """
+
+    name: str
+    path: Path
+    type: str
+    bits_per_weight: float
+    nbytes: int
+    awq: bool | None
+    inputs: dict[str, Json]
+    created: str
+    known: bool
+
+
+def list_models(store: Store) -> tuple[ModelEntry, ...]:
+    """All GGUFs of a models directory, the newest first."""
+    entries = {entry.path.resolve(): entry for entry in _foreign(store)}
+    entries |= {entry.path.resolve(): entry for entry in _made_here(store)}
+    return tuple(sorted(entries.values(), key=lambda e: (e.created, e.name), reverse=True))
+
+
+def _made_here(store: Store) -> Iterator[ModelEntry]:
+    for artifact in store.artifacts():
+        if artifact.manifest.stage not in _GGUF_STAGES:
+            continue
+        for name in artifact.manifest.outputs:
+            file = artifact.path / name
+            if file.suffix == ".gguf" and file.is_file():
+                link = file.parent.parent / file.name
+                shown = link if link.exists() and link.samefile(file) else file
+                yield _entry(shown, artifact.manifest)
+
+
+def _foreign(store: Store) -> Iterator[ModelEntry]:
+    for path in sorted(store.root.rglob("*.gguf")):
+        inside = path.relative_to(store.root).parts
+        if any(part.startswith(".") or part.endswith((".partial", ".changed")) for part in inside):
+            continue
+        beside = path.with_name(f"{path.name}.{MANIFEST}")
+        try:
+            yield _entry(path, read_manifest(beside) if beside.is_file() else None)
+        except GgufkitError:
+            continue  # a broken file is no model; inspect says what is wrong with it
+
+
+def _entry(path: Path, manifest: RunManifest | None) -> ModelEntry:
+    from datetime import UTC, datetime
+
+    header = read_gguf(path, arrays=False)
+    changed = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    facts = manifest.options if manifest else {}
+    recipe = facts.get("recipe") or {}
+    return ModelEntry(
+        name=path.stem,
+        path=path,
+        type=str(recipe.get("type") or facts.get("outtype", "")).upper() or "as published",
+        bits_per_weight=header.bits_per_weight,
+        nbytes=header.nbytes,
+        awq=bool(manifest.inputs.get("scales")) if manifest else None,
+        inputs=manifest.inputs if manifest else {},
+        created=manifest.created if manifest else changed.isoformat(timespec="seconds"),
+        known=manifest is not None,
+    )
+
+
+def find_model(spec: str | None, models_dir: Path) -> Path:
+    """The GGUF that somebody means.
+
+    Args:
+        spec: a path; or a name as ``ggufkit models`` lists it, in any case, or
+            the beginning of one; None for the newest.
+        models_dir: the models directory.
+
+    Raises:
+        SourceError: if there is none, or more than one that fits.
+    """
+    if spec is not None and (Path(spec).is_file() or spec.endswith(".gguf")):
+        if not Path(spec).is_file():
+            raise SourceError(f"there is no {spec}", "See what is there: ggufkit models")
+        return Path(spec)
+    entries = list_models(Store(models_dir))
+    if not entries:
+        raise SourceError(
+            f"there is no model in {models_dir}", "Make one: ggufkit convert demo --type q4_0"
+        )
+    if spec is None:
+        made = [e for e in entries if e.type != "as published"]
+        return (made or list(entries))[0].path
+    exact = [e for e in entries if e.name.lower() == spec.lower()]
+    fits = exact or [e for e in entries if e.name.lower().startswith(spec.lower())]
+    if not fits:
+        names = ", ".join(e.name for e in entries[:8])
+        raise SourceError(f"no model in {models_dir} is called '{spec}'", f"There are: {names}")
+    if len(fits) > 1 and not exact:
+        names = ", ".join(e.name for e in fits[:8])
+        raise SourceError(f"'{spec}' fits several models", f"Which of: {names}")
+    return fits[0].path  # the newest of several artifacts with one name
+
+
+def manifest_of(path: Path) -> RunManifest | None:
+    """The manifest that says how a file was made, if there is one.
+
+    Raises:
+        IntegrityError: if there is one that cannot be read.
+    """
+    real = path.resolve()
+    for place in (path.with_name(f"{path.name}.{MANIFEST}"), real.parent / MANIFEST):
+        if place.is_file():
+            manifest = read_manifest(place)
+            if real.name in manifest.outputs:
+                return manifest
+    return None
+
+
+def generation_config(store: Store, path: Path) -> Path | None:
+    """The ``generation_config.json`` that belongs to a GGUF, if it is known."""
+    manifest = manifest_of(path)
+    places = [path.parent / "generation_config.json"]
+    if manifest:
+        places += [
+            artifact.path / "generation_config.json"
+            for artifact in (*store.artifacts("fetch"), *store.artifacts("rebuild"))
+            if artifact.manifest.model == manifest.model
+        ]
+    return next((place for place in places if place.is_file()), None)
