@@ -236,6 +236,7 @@ class Conversion:
             },
             recipe=QuantRecipe(type),
             stem=f"{self.checkpoint.name}-awq" if scales else self.checkpoint.name,
+            origin=self.checkpoint.origin,
             source=source,
             progress=self.progress,
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 from ggufkit.errors import GgufkitError, SourceError
 from ggufkit.llamacpp.gguf import read_gguf
 from ggufkit.store import MANIFEST, Store, read_manifest
-from ggufkit.values import Json, RunManifest
+from ggufkit.values import RunManifest
 
 _GGUF_STAGES = ("quantize", "convert", "fetch")
 
@@ -23,7 +23,7 @@ class ModelEntry:
         bits_per_weight: over all its tensors.
         nbytes: size of the file.
         awq: whether AWQ scales are folded in; None if that is not known.
-        inputs: digests of what it was made from; empty if that is not known.
+        origin: where the model came from; empty if that is not known.
         created: UTC time, ISO 8601; of the file if it has no manifest.
         known: whether a manifest says how it was made.
     """
@@ -34,7 +34,7 @@ class ModelEntry:
     bits_per_weight: float
     nbytes: int
     awq: bool | None
-    inputs: dict[str, Json]
+    origin: str
     created: str
     known: bool
 
@@ -61,7 +61,9 @@ def _made_here(store: Store) -> Iterator[ModelEntry]:
 def _foreign(store: Store) -> Iterator[ModelEntry]:
     for path in sorted(store.root.rglob("*.gguf")):
         inside = path.relative_to(store.root).parts
-        if any(part.startswith(".") or part.endswith((".partial", ".changed")) for part in inside):
+        hidden = any(part.startswith(".") for part in inside)
+        unfinished = any(part.endswith((".partial", ".changed")) for part in inside)
+        if hidden or unfinished or (path.resolve().parent / MANIFEST).is_file():
             continue
         beside = path.with_name(f"{path.name}.{MANIFEST}")
         try:
@@ -84,10 +86,15 @@ def _entry(path: Path, manifest: RunManifest | None) -> ModelEntry:
         bits_per_weight=header.bits_per_weight,
         nbytes=header.nbytes,
         awq=bool(manifest.inputs.get("scales")) if manifest else None,
-        inputs=manifest.inputs if manifest else {},
+        origin=_origin(manifest) if manifest else "",
         created=manifest.created if manifest else changed.isoformat(timespec="seconds"),
         known=manifest is not None,
     )
+
+
+def _origin(manifest: RunManifest) -> str:
+    told = manifest.facts.get("origin") or manifest.inputs.get("repository") or ""
+    return str(told)
 
 
 def find_model(spec: str | None, models_dir: Path) -> Path:

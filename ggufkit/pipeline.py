@@ -201,6 +201,7 @@ def quantize(
             inputs={"gguf": store.digest(gguf, progress).sha256},
             recipe=recipe,
             stem=stem,
+            origin=str(gguf),
             source=lambda: gguf,
             imatrix=imatrix,
             allow_requantize=allow_requantize,

@@ -16,31 +16,15 @@ def command(session: Session, as_json: bool) -> None:
 
     def human() -> None:
         from rich.markup import escape
-        from rich.table import Table
 
         if not entries:
             session.console.print(f"no models in {session.models_dir}")
-            return
-        table = Table(box=None, pad_edge=False)
-        table.add_column("name", overflow="fold")
-        table.add_column("type")
-        table.add_column("bpw", justify="right")
-        table.add_column("size", justify="right")
-        table.add_column("AWQ")
-        table.add_column("from")
-        table.add_column("created")
         for entry in entries:
-            awq = "" if entry.awq is None else "yes" if entry.awq else "no"
-            source = entry.inputs.get("checkpoint") or entry.inputs.get("gguf") or ""
-            table.add_row(
-                escape(entry.name),
-                entry.type if entry.known else "unknown",
-                f"{entry.bits_per_weight:.2f}",
-                nbytes_text(entry.nbytes),
-                awq,
-                str(entry.inputs.get("repository") or source[:12] or "no manifest"),
-                entry.created[:16].replace("T", " "),
-            )
-        session.console.print(table)
+            session.console.print(f"[bold]{escape(entry.name)}[/]", soft_wrap=True)
+            what = entry.type + (" with AWQ" if entry.awq else "") if entry.known else "no manifest"
+            line = f"  {what}, {entry.bits_per_weight:.2f} bits per weight, "
+            line += f"{nbytes_text(entry.nbytes)}, {entry.created[:16].replace('T', ' ')} UTC"
+            line += f", from {entry.origin}" if entry.origin else ""
+            session.console.print(escape(line), soft_wrap=True)
 
     session.emit(as_json, entries, human)

@@ -198,6 +198,7 @@ def quantize(
     inputs: Mapping[str, Json],
     recipe: QuantRecipe,
     stem: str,
+    origin: str,
     source: Callable[[], Path],
     imatrix: Path | None = None,
     allow_requantize: bool = False,
@@ -212,6 +213,7 @@ def quantize(
         inputs: digests that identify what ``source`` would give.
         recipe: type and overrides.
         stem: file name before the type.
+        origin: where the model came from, for people.
         source: gives the GGUF to quantize; called only if there is work.
         imatrix: importance matrix, whose digest the recipe holds.
         allow_requantize: let already quantized tensors be quantized again.
@@ -240,6 +242,7 @@ def quantize(
             "tensors": len(written.tensors),
             "nbytes": written.nbytes,
             "peak_rss_nbytes": told.peak_rss_nbytes,
+            "origin": origin,
         }
 
     return store.run(

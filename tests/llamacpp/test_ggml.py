@@ -58,9 +58,9 @@ def test_weights_change_what_is_kept(ggml: Ggml) -> None:
     plain = ggml.round_trip(kind, rows())
     weighted = ggml.round_trip(kind, rows(), weights)
     important = slice(None, None, 32)
-    assert np.abs(weighted - rows())[:, important].mean() < np.abs(plain - rows())[
-        :, important
-    ].mean()
+    assert (
+        np.abs(weighted - rows())[:, important].mean() < np.abs(plain - rows())[:, important].mean()
+    )
 
 
 def test_knows_its_types(ggml: Ggml) -> None:
