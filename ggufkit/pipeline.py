@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from ggufkit.doctor import Finding
     from ggufkit.library import ModelEntry
     from ggufkit.llamacpp.building import BuildReport
+    from ggufkit.llamacpp.runtime import Sampling
     from ggufkit.quantize.inspect import Inspection
+    from ggufkit.serve.chat import Conversation
     from ggufkit.store import Store
 
 DEFAULT_TYPES = ("q4_k_m",)
@@ -359,3 +361,43 @@ def find_model(spec: str | None, models_dir: Path | None = None) -> Path:
     from ggufkit import library
 
     return library.find_model(spec, models_dir or settings.models_dir())
+
+
+def chat(
+    model: Path,
+    *,
+    system: str | None = None,
+    sampling: "Sampling | None" = None,
+    gpu_layers: int = 0,
+    context: int | None = None,
+    threads: int | None = None,
+    seed: int | None = None,
+    chat_template: str | None = None,
+    progress: Progress = SILENT,
+) -> "Conversation":
+    """Load a GGUF and begin a conversation with it; close it when done.
+
+    Args:
+        model: the GGUF.
+        system: the system message; None leaves it to the chat template.
+        sampling: how tokens are chosen.
+        gpu_layers: layers to put on a GPU; -1 for all.
+        context: tokens of context; None for the trained one, within reason.
+        threads: None for the setting's.
+        seed: of the sampling; None for a new one each time.
+        chat_template: a Jinja file, or the name of one of llama.cpp's own.
+        progress: told warnings.
+    """
+    from ggufkit.llamacpp.runtime import ChatModel
+    from ggufkit.serve.chat import Conversation
+
+    loaded = ChatModel(
+        model,
+        gpu_layers=gpu_layers,
+        context=context,
+        threads=threads,
+        seed=seed,
+        chat_template=chat_template,
+        progress=progress,
+    )
+    return Conversation(loaded, system=system, sampling=sampling)

@@ -1,0 +1,143 @@
+"""What the metadata of a GGUF says, by name instead of by key.
+
+Keys as in llama.cpp's ``llama-arch.cpp``; those of an architecture begin with
+its name, such as ``llama.context_length``.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ggufkit.values import GGUFFile, Json
+
+SPECIAL_TOKENS = (
+    *("bos", "eos", "eot", "eom", "unknown", "seperator", "padding", "mask"),
+    *("fim_pre", "fim_suf", "fim_mid"),
+)
+"""Names of special tokens in ``tokenizer.ggml.NAME_token_id``; the format spells
+the separator this way."""
+
+_END_NAMES = (
+    *("<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "<end_of_turn>", "<turn|>"),
+    *("<|end_of_text|>", "<|eom_id|>", "<EOT>", "_<EOT>", "<|return|>", "<|call|>"),
+    *(
+        "<|END_OF_TURN_TOKEN|>",
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",
+        "<|end_of_turn|>",
+        "[EOT]",
+    ),
+)
+"""Tokens that end an answer whatever the metadata says: llama.cpp finds most of
+them by their text too (``llama_vocab::impl::load``)."""
+_CONTROL = 3
+"""``LLAMA_TOKEN_TYPE_CONTROL``."""
+
+_SAMPLING_KEYS = {
+    "temperature": "temp",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repeat_penalty": "penalty_repeat",
+}
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """A look at a GGUF's metadata.
+
+    Attributes:
+        gguf: the file's header, read with its arrays.
+    """
+
+    gguf: GGUFFile
+
+    def get(self, key: str) -> Json:
+        """The value of a key, or None."""
+        return self.gguf.metadata.get(key)
+
+    @property
+    def architecture(self) -> str:
+        """Such as ``llama``; empty if the file does not say."""
+        return str(self.get("general.architecture") or "")
+
+    def of_architecture(self, key: str) -> Json:
+        """The value of one of the architecture's own keys, or None."""
+        return self.get(f"{self.architecture}.{key}")
+
+    @property
+    def trained_context(self) -> int | None:
+        """Tokens of context that the model was trained with."""
+        value = self.of_architecture("context_length")
+        return int(value) if isinstance(value, int) else None
+
+    @property
+    def tokens(self) -> list[str]:
+        """The vocabulary; empty if it was passed over or there is none."""
+        value = self.get("tokenizer.ggml.tokens")
+        return value if isinstance(value, list) else []
+
+    @property
+    def vocabulary_size(self) -> int | None:
+        """Number of tokens."""
+        return len(self.tokens) or self.of_architecture("vocab_size")
+
+    @property
+    def special_tokens(self) -> dict[str, tuple[int, str]]:
+        """Name to id and text of each special token that is set."""
+        found = {}
+        for name in SPECIAL_TOKENS:
+            number = self.get(f"tokenizer.ggml.{name}_token_id")
+            if isinstance(number, int):
+                known = 0 <= number < len(self.tokens)
+                found[name] = (number, self.tokens[number] if known else "")
+        return found
+
+    def special(self, name: str) -> str:
+        """Text of a special token; empty if it is not set."""
+        return self.special_tokens.get(name, (0, ""))[1]
+
+    @property
+    def end_tokens(self) -> tuple[str, ...]:
+        """Tokens that end an answer: those set as such, and well-known ones."""
+        own = [self.special(name) for name in ("eos", "eot", "eom")]
+        kinds = self.get("tokenizer.ggml.token_type") or []
+        control = {t for t, kind in zip(self.tokens, kinds, strict=False) if kind == _CONTROL}
+        known = [t for t in _END_NAMES if t in control]
+        return tuple(dict.fromkeys(t for t in (*own, *known) if t))
+
+    @property
+    def chat_template(self) -> str:
+        """The model's Jinja chat template; empty if it has none."""
+        return str(self.get("tokenizer.chat_template") or "")
+
+    @property
+    def adds_bos(self) -> bool | None:
+        """Whether the tokenizer puts the BOS token first; None if the file does not say."""
+        value = self.get("tokenizer.ggml.add_bos_token")
+        return value if isinstance(value, bool) else None
+
+    @property
+    def sampling(self) -> dict[str, float]:
+        """Sampling parameters that the model recommends, by ggufkit's names."""
+        given = {name: self.get(f"general.sampling.{key}") for name, key in _SAMPLING_KEYS.items()}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+def split_parts(gguf: GGUFFile) -> tuple[Path, ...]:
+    """All parts of a model that llama-gguf-split cut up, this one included.
+
+    A file that is whole gives itself alone. A part whose name does not follow
+    the tool's ``NAME-00001-of-00003.gguf`` gives itself alone as well; see
+    :func:`split_count`.
+    """
+    count = split_count(gguf)
+    named = re.fullmatch(r"(.*)-\d{5}-of-\d{5}\.gguf", gguf.path.name)
+    if count < 2 or not named:
+        return (gguf.path,)
+    names = (f"{named[1]}-{n:05d}-of-{count:05d}.gguf" for n in range(1, count + 1))
+    return tuple(gguf.path.with_name(name) for name in names)
+
+
+def split_count(gguf: GGUFFile) -> int:
+    """Number of parts that the file says its model has; 1 for a whole one."""
+    return max(1, int(gguf.metadata.get("split.count") or 1))
