@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ggufkit import settings
-from ggufkit.errors import UsageError
+from ggufkit.errors import IntegrityError, UsageError
 from ggufkit.progress import SILENT, Progress
 from ggufkit.values import (
     Artifact,
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ggufkit.llamacpp.building import BuildReport
     from ggufkit.llamacpp.runtime import Sampling
     from ggufkit.quantize.inspect import Inspection
+    from ggufkit.ollama import Modelfile
     from ggufkit.serve.chat import Conversation
     from ggufkit.store import Store
 
@@ -401,3 +402,93 @@ def chat(
         progress=progress,
     )
     return Conversation(loaded, system=system, sampling=sampling)
+
+
+def modelfile(
+    model: Path,
+    *,
+    out: Path | None = None,
+    system: str | None = None,
+    context: int | None = None,
+    force: bool = False,
+    models_dir: Path | None = None,
+    progress: Progress = SILENT,
+) -> tuple[Path, "Modelfile"]:
+    """Write an Ollama Modelfile for a GGUF.
+
+    Args:
+        model: the GGUF.
+        out: the file to write; None for ``Modelfile`` beside the GGUF.
+        system: the system message; None for the chat template's own.
+        context: ``num_ctx``; None for the trained context, within reason.
+        force: replace another file of that name.
+        models_dir: the models directory, where the model's origin is looked up.
+        progress: told what could not be carried over.
+
+    Returns:
+        The file and what it holds.
+
+    Raises:
+        UsageError: if there is another file of that name.
+    """
+    from ggufkit.store import write_atomically
+
+    target = out or model.parent / "Modelfile"
+    value = describe_for_ollama(
+        model,
+        target.parent,
+        system=system,
+        context=context,
+        models_dir=models_dir,
+        progress=progress,
+    )
+    text = value.render()
+    if not force and target.exists() and target.read_text(encoding="utf-8") != text:
+        raise UsageError(
+            f"{target} exists and says something else",
+            "Replace it with --force, or name another file with -o",
+        )
+    write_atomically(target, text)
+    return target, value
+
+
+def describe_for_ollama(
+    model: Path,
+    directory: Path,
+    *,
+    system: str | None = None,
+    context: int | None = None,
+    models_dir: Path | None = None,
+    progress: Progress = SILENT,
+) -> "Modelfile":
+    """The Modelfile that :func:`modelfile` writes, as a value.
+
+    Args:
+        model: the GGUF.
+        directory: where the Modelfile will lie.
+        system: as for :func:`modelfile`.
+        context: as for :func:`modelfile`.
+        models_dir: as for :func:`modelfile`.
+        progress: as for :func:`modelfile`.
+    """
+    import json
+
+    from ggufkit import library
+    from ggufkit.llamacpp.gguf import read_gguf
+    from ggufkit.ollama import modelfile_for
+    from ggufkit.store import Store
+
+    header = read_gguf(model)
+    config = library.generation_config(Store(models_dir or settings.models_dir()), model)
+    try:
+        generation = json.loads(config.read_text(encoding="utf-8")) if config else {}
+    except ValueError as error:
+        raise IntegrityError(f"{config} is not JSON: {error}") from error
+    return modelfile_for(
+        header,
+        directory=directory,
+        system=system,
+        generation_config=generation,
+        context=context,
+        progress=progress,
+    )

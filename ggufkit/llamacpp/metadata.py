@@ -29,6 +29,11 @@ _END_NAMES = (
 )
 """Tokens that end an answer whatever the metadata says: llama.cpp finds most of
 them by their text too (``llama_vocab::impl::load``)."""
+_PRE_WITH_BOS = (
+    *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral"),
+    *("midm-2.0", "lfm2", "jina-v5-nano", "tekken", "chameleon"),
+)
+"""Pre-tokenizers for which ``llama_vocab::impl::load`` sets ``add_bos``."""
 _CONTROL = 3
 """``LLAMA_TOKEN_TYPE_CONTROL``."""
 
@@ -111,10 +116,14 @@ class Metadata:
         return str(self.get("tokenizer.chat_template") or "")
 
     @property
-    def adds_bos(self) -> bool | None:
-        """Whether the tokenizer puts the BOS token first; None if the file does not say."""
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer puts the BOS token first."""
         value = self.get("tokenizer.ggml.add_bos_token")
-        return value if isinstance(value, bool) else None
+        if isinstance(value, bool):
+            return value
+        # What llama.cpp takes for granted when the file does not say.
+        kind, pre = self.get("tokenizer.ggml.model"), self.get("tokenizer.ggml.pre")
+        return kind in ("llama", "bert") or pre in _PRE_WITH_BOS
 
     @property
     def sampling(self) -> dict[str, float]:
