@@ -61,7 +61,7 @@ class Conversion:
 
     @cached_property
     def family(self) -> Family:
-        """The AWQ family; asking refuses an architecture that has none."""
+        """The AWQ family."""
         return family_of(self.index.architectures[0])
 
     @cached_property
@@ -89,7 +89,11 @@ class Conversion:
         """Scales for each type, searched together in one pass over the text.
 
         Types whose tensors all get the same ggml types share one search.
+
+        Raises:
+            CheckpointError: if the architecture has no AWQ family; before any work.
         """
+        family_of(self.index.architectures[0])
         plans = {
             type: stages.plan(
                 self.store, self.build, self.checkpoint, self.index, type, self.progress

@@ -2,13 +2,11 @@
 
 from pathlib import Path
 
-from ggufkit.errors import IntegrityError, SourceError
+from ggufkit.llamacpp.gguf import read_gguf
 from ggufkit.sources._request import Request, model_name
 from ggufkit.values import Checkpoint
 
 PREFIXES = ("local",)
-
-_MAGIC = b"GGUF"
 
 
 def fetch(name: str, request: Request) -> Checkpoint | Path:
@@ -20,22 +18,6 @@ def fetch(name: str, request: Request) -> Checkpoint | Path:
     """
     path = Path(name).expanduser()
     if path.is_file():
-        _check_gguf(path)
+        read_gguf(path, arrays=False)
         return path
     return request.checkpoint(path, model_name(str(path.resolve())), str(path.resolve()))
-
-
-def _check_gguf(path: Path) -> None:
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic == _MAGIC:
-        return
-    if path.suffix.lower() == ".gguf":
-        raise IntegrityError(
-            f"{path} is not a GGUF: it begins with {magic!r}, not {_MAGIC!r}",
-            "Fetch the file again",
-        )
-    raise SourceError(
-        f"{path} is neither a GGUF nor a checkpoint directory",
-        "Name the directory that holds config.json and the safetensors files",
-    )

@@ -43,7 +43,7 @@ def test_a_directory_wins_over_a_repository_of_that_name(
 
 def test_local_gguf(tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
-    path.write_bytes(b"GGUF\3\0\0\0")
+    path.write_bytes(b"GGUF\3\0\0\0" + bytes(16))
     assert resolve(str(path), models_dir=tmp_path / "models") == path
 
 
@@ -58,9 +58,9 @@ def test_not_a_gguf(tmp_path: Path) -> None:
 def test_some_other_file(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("hello")
-    with pytest.raises(SourceError, match="neither a GGUF nor a checkpoint") as caught:
+    with pytest.raises(IntegrityError, match="not a GGUF") as caught:
         resolve(str(path), models_dir=tmp_path / "models")
-    assert "config.json" in caught.value.hint
+    assert "checkpoint" in caught.value.hint
 
 
 @pytest.mark.parametrize("model", ["nothing", "./ORG/NAME", "/no/where", "a/b/c"])
