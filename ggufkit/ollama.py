@@ -388,10 +388,10 @@ def shape_of(
 ) -> Shape | None:
     """Find out what a Jinja chat template writes around contents, by running it.
 
-    A Modelfile is fixed, so a template gets no date; most have one of their own
-    for that case. Nothing is guessed from the text of a template: the pieces are cut out of what it writes
+    Nothing is guessed from its text: the pieces are cut out of what it writes
     for marked contents, and then must write other conversations, with and
-    without a system message, just as the template does.
+    without a system message, just as the template does. It gets no date, because
+    a Modelfile does not change; most templates have one of their own for that.
 
     Args:
         template: the Jinja text.
@@ -406,7 +406,6 @@ def shape_of(
     Raises:
         TemplateError: if it does not work at all.
     """
-
     from jinja2 import Undefined
 
     def jinja(*messages: Message) -> str:

@@ -17,6 +17,7 @@ from ggufkit.values import (
     AwqResult,
     Calibration,
     Checkpoint,
+    DemoResult,
     EvalResult,
     FetchOptions,
     QuantizeResult,
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     from ggufkit.library import ModelEntry
     from ggufkit.llamacpp.building import BuildReport
     from ggufkit.llamacpp.runtime import Sampling
-    from ggufkit.quantize.inspect import Inspection
     from ggufkit.ollama import Modelfile
+    from ggufkit.quantize.inspect import Inspection
     from ggufkit.serve.chat import Conversation
     from ggufkit.store import Store
 
@@ -491,4 +492,62 @@ def describe_for_ollama(
         generation_config=generation,
         context=context,
         progress=progress,
+    )
+
+
+DEMO_CALIBRATION = "pydoc-calibration"
+DEMO_TEXT = "pydoc-measure"
+DEMO_CHUNKS = 48
+DEMO_QUESTION = "What is the capital of France?"
+
+
+def demo(*, models_dir: Path | None = None, progress: Progress = SILENT) -> DemoResult:
+    """Run the whole way on the embedded model: make, measure, talk, export.
+
+    Calibration and measuring text are different topics of Python's own
+    documentation, so that nothing but the package index is needed.
+
+    Args:
+        models_dir: the models directory.
+        progress: who to tell.
+    """
+    from ggufkit.llamacpp.runtime import Sampling
+
+    plain = convert("demo", types=["f32", "q4_0"], models_dir=models_dir, progress=progress)
+    scaled = convert(
+        "demo",
+        types=["q4_0"],
+        awq=True,
+        calibration=Calibration(DEMO_CALIBRATION),
+        models_dir=models_dir,
+        progress=progress,
+    )
+    files = (*plain, *scaled)
+    measured = ppl(
+        DEMO_TEXT,
+        [f.path for f in files],
+        chunks=DEMO_CHUNKS,
+        models_dir=models_dir,
+        progress=progress,
+    )
+    best = files[-1].path
+    reference, rounded, recovered = (m.perplexity for m in measured)
+    sampling = Sampling(temperature=0, max_tokens=64)
+    with chat(best, sampling=sampling, progress=progress) as conversation:
+        answer = "".join(conversation.ask(DEMO_QUESTION))
+    written, _ = modelfile(
+        best,
+        out=best.with_name(f"{best.stem}.Modelfile"),
+        force=True,
+        models_dir=models_dir,
+        progress=progress,
+    )
+    return DemoResult(
+        files=files,
+        measured=tuple(measured),
+        recovered=(rounded - recovered) / (rounded - reference),
+        calibration=DEMO_CALIBRATION,
+        question=DEMO_QUESTION,
+        answer=answer.strip(),
+        modelfile=written,
     )
