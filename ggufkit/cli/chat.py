@@ -1,10 +1,12 @@
 """``ggufkit chat``: talk to a model."""
 
+import io
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unicodedata import category
 
 import click
 
@@ -104,7 +106,11 @@ def command(
     path = pipeline.find_model(spec, session.models_dir)
     if spec is None:
         session.progress.say(f"talking to the newest model: {path}")
-    terminal = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
+    typing = sys.stdin is not None and sys.stdin.isatty()
+    terminal = typing and sys.stdout.isatty() and not as_json
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Models write emoji, whatever the terminal's alphabet.
+        sys.stdout.reconfigure(errors="replace")
     with pipeline.chat(
         path,
         system=system,
@@ -128,14 +134,20 @@ def command(
             answer(conversation, prompt, writer)
         if terminal:
             converse(conversation, _typed, writer)
-        elif prompt is None or not sys.stdin.isatty():
+        elif prompt is None or not typing:
             converse(conversation, _lines(), writer)
 
 
 def _lines() -> Callable[[], str | None]:
-    """A reader of stdin, one message per line."""
-    lines = iter(sys.stdin)
-    return lambda: next(lines, None)
+    """A reader of stdin, one message per line; closed, it has none."""
+    lines = iter(sys.stdin.buffer if sys.stdin is not None else ())
+
+    def read() -> str | None:
+        line = next(lines, None)
+        # The model refuses what is not UTF-8, with a message of its own.
+        return None if line is None else line.decode("utf-8", "surrogateescape")
+
+    return read
 
 
 def _coloured_prompt() -> str:
@@ -227,7 +239,8 @@ class _Terminal:
 
     def piece(self, text: str) -> None:
         # A model's text must not command the terminal.
-        click.echo("".join(c for c in text if c.isprintable() or c in "\n\t"), nl=False)
+        harmless = (c for c in text if c in "\n\t" or category(c) != "Cc")
+        click.echo("".join(harmless), nl=False)
         sys.stdout.flush()
 
     def answered(self, prompt: str, answer: str, statistics: "Statistics") -> None:

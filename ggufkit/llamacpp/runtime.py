@@ -216,13 +216,11 @@ class ChatModel:
         _check_parts(self.metadata)
         self._progress = progress
         self._seed = _RANDOM_SEED if seed is None else seed
+        build = build or toolchain.find_build()
         self._library = lib = load_llama_cpp(build)
         self.template = self._find_template(chat_template)
         if gpu_layers and not lib.llama_supports_gpu_offload():
-            progress.warn(
-                "this is a CPU-only build of llama.cpp, so -ngl changes nothing; "
-                "for a GPU: ggufkit build --backend cuda (or vulkan, metal, hip)"
-            )
+            progress.warn(_no_gpu(build.backend))
         self.context = self._context_size(context)
         self._load(gpu_layers, threads or settings.threads())
         self._known: list[int] = []
@@ -376,9 +374,11 @@ class ChatModel:
         Raises:
             ContextError: if the conversation, or its answer, does not fit.
             TemplateError: if the chat template refuses the messages.
+            UsageError: if a message is not text.
         """
         sampling = sampling or Sampling()
         self.statistics = told = Statistics(self.context)
+        _check_encodable(messages)
         tokens = self.tokenize(self.prompt(messages))
         told.prompt_tokens = len(tokens)
         if len(tokens) >= self.context:
@@ -490,6 +490,27 @@ class ChatModel:
         finally:
             told.generate_seconds = time.monotonic() - started
             told.context_used = len(self._known)
+
+
+def _no_gpu(backend: str) -> str:
+    if backend == "cpu":
+        return (
+            "this is a CPU-only build of llama.cpp, so -ngl changes nothing; "
+            "for a GPU: ggufkit build --backend cuda (or vulkan, metal, hip)"
+        )
+    return (
+        f"this build of llama.cpp is for {backend}, but sees no such GPU here, "
+        "so -ngl changes nothing; what is seen: ggufkit doctor"
+    )
+
+
+def _check_encodable(messages: Sequence[Message]) -> None:
+    """Python hands over bytes that are not UTF-8 as characters that cannot be encoded."""
+    try:
+        for message in messages:
+            message["content"].encode()
+    except UnicodeEncodeError as error:
+        raise UsageError("the message is not UTF-8 text", "Convert it with: iconv") from error
 
 
 def _check_parts(metadata: Metadata) -> None:

@@ -1,0 +1,54 @@
+"""What tests of chat share: a model that is no model, and files that cannot chat."""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ggufkit.llamacpp.runtime import Sampling, Statistics
+from ggufkit.llamacpp.template import Message
+
+
+class FakeModel:
+    """Answers with the next of its scripts, piece by piece; an exception is raised."""
+
+    def __init__(self, *scripts: Sequence[str | BaseException]) -> None:
+        self._scripts = list(scripts)
+        self.asked: list[list[Message]] = []
+        self.sampling: list[Sampling] = []
+        self.closed = False
+        self.statistics = Statistics(context=100)
+
+    def stream(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[str]:
+        self.asked.append(list(messages))
+        self.sampling.append(sampling)
+        self.statistics = Statistics(context=100)
+        try:
+            for piece in self._scripts.pop(0):
+                if isinstance(piece, BaseException):
+                    raise piece
+                self.statistics.generated_tokens += 1
+                yield piece
+            self.statistics.stopped = "end"
+        except (KeyboardInterrupt, GeneratorExit):
+            self.statistics.stopped = "interrupted"
+            raise
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def patched(gguf: Path, out: Path, old: bytes, new: bytes) -> Path:
+    """A copy of a GGUF in which one string of its header became another, as long."""
+    assert len(old) == len(new)
+    shutil.copyfile(gguf, out)
+    with out.open("r+b") as file:
+        header = file.read(8 << 20)
+        assert header.count(old) == 1
+        file.seek(header.index(old))
+        file.write(new)
+    return out
+
+
+def without_template(gguf: Path, out: Path) -> Path:
+    """A copy of a GGUF that has no chat template."""
+    return patched(gguf, out, b"tokenizer.chat_template", b"tokenizer.none_template")
