@@ -304,7 +304,8 @@ class Shape:
         head: before the first user's content, without a system message.
         before_system: before the system message.
         after_system: between it and the first user's content.
-        answer: between a user's content and the assistant's.
+        answer: after a user's content, up to where the model goes on.
+        lead: what the template puts before an assistant's content beyond that.
         turn: between an assistant's content and the next user's.
         takes_system: whether it has a system message at all.
         default_system: system message that it writes if none is given.
@@ -314,6 +315,7 @@ class Shape:
     before_system: str
     after_system: str
     answer: str
+    lead: str
     turn: str
     takes_system: bool
     default_system: str
@@ -324,10 +326,11 @@ class Shape:
         text = self.head
         if messages[0]["role"] == "system":
             text = self.before_system + messages[0]["content"] + self.after_system
-        after = {"system": "", "user": self.answer, "assistant": self.turn}
         for message in messages:
-            if message["role"] != "system":
-                text += message["content"] + after[message["role"]]
+            if message["role"] == "user":
+                text += message["content"] + self.answer
+            elif message["role"] == "assistant":
+                text += self.lead + message["content"] + self.turn
         return text
 
     def go_template(self) -> str:
@@ -339,7 +342,7 @@ class Shape:
         return (
             f"{head}{{{{ range .Messages }}}}"
             f'{{{{ if eq .Role "user" }}}}{{{{ .Content }}}}{_go(self.answer)}'
-            f'{{{{ else if eq .Role "assistant" }}}}{{{{ .Content }}}}{_go(self.turn)}'
+            f'{{{{ else if eq .Role "assistant" }}}}{_go(self.lead)}{{{{ .Content }}}}{_go(self.turn)}'
             "{{ end }}{{ end }}"
         )
 
@@ -428,7 +431,10 @@ def shape_of(
     plain = cut(jinja(*turns), *turns)
     if plain is None:
         return None
-    head, answer, turn, _ = plain
+    head, between, turn, answer = plain
+    if not between.startswith(answer):
+        return None
+    lead = between.removeprefix(answer)
     system = marked("system", 1)
     try:
         led = cut(jinja(system, *turns), system, *turns)
@@ -439,7 +445,7 @@ def shape_of(
         before, after = led[0], led[1]
         if head.startswith(before) and head.endswith(after) and before and after:
             default = head[len(before) : len(head) - len(after)].strip()
-    shape = Shape(head, before, after, answer, turn, led is not None, default)
+    shape = Shape(head, before, after, answer, lead, turn, led is not None, default)
     said: Message = {"role": "system", "content": "You are brief.\nAnd kind."}
     for probe in _PROBES:
         for messages in [probe, (said, *probe)] if led else [probe]:
