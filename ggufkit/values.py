@@ -322,3 +322,27 @@ class AwqResult:
     objective_ratio: float
     seconds: float
     reused: bool
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What ``demo`` made and measured.
+
+    Attributes:
+        files: F32, plain Q4_0 and AWQ Q4_0, in this order.
+        measured: their perplexities, in the same order.
+        recovered: share of the loss of plain Q4_0 that AWQ wins back, 0 to 1;
+            perplexity differences, on a text that AWQ has not seen.
+        calibration: name of the text that AWQ looked at.
+        question: what the AWQ model was asked.
+        answer: what it said.
+        modelfile: the Ollama Modelfile for it.
+    """
+
+    files: tuple[QuantizeResult, ...]
+    measured: tuple[EvalResult, ...]
+    recovered: float
+    calibration: str
+    question: str
+    answer: str
+    modelfile: Path
