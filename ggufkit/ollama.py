@@ -342,8 +342,8 @@ class Shape:
         return (
             f"{head}{{{{ range .Messages }}}}"
             f'{{{{ if eq .Role "user" }}}}{{{{ .Content }}}}{_go(self.answer)}'
-            f'{{{{ else if eq .Role "assistant" }}}}{_go(self.lead)}{{{{ .Content }}}}{_go(self.turn)}'
-            "{{ end }}{{ end }}"
+            f'{{{{ else if eq .Role "assistant" }}}}{_go(self.lead)}{{{{ .Content }}}}'
+            f"{_go(self.turn)}{{{{ end }}}}{{{{ end }}}}"
         )
 
 

@@ -48,9 +48,8 @@ def test_what_is_rendered_is_read_back_exactly_or_refused(
     )
     try:
         text = value.render()
-    except UsageError as error:
-        assert "a Modelfile cannot hold this" in error.message
-        return
+    except UsageError:
+        return  # what is refused, and what must not be, is tested below
     assert parse(text) == value
     assert parse(text).render() == Modelfile(*_fields(value)).render()
 
@@ -201,8 +200,8 @@ FAMILIES = {
     "Llama 2": (
         LLAMA_2,
         "{{ if .System }}[INST] <<SYS>>\n{{ .System }}\n<</SYS>>\n\n{{ else }}[INST] {{ end }}"
-        '{{ range .Messages }}{{ if eq .Role "user" }}{{ .Content }} [/INST] '
-        '{{ else if eq .Role "assistant" }}{{ .Content }} </s><s>[INST] {{ end }}{{ end }}',
+        '{{ range .Messages }}{{ if eq .Role "user" }}{{ .Content }} [/INST]'
+        '{{ else if eq .Role "assistant" }} {{ .Content }} </s><s>[INST] {{ end }}{{ end }}',
         "",
     ),
     "Gemma": (
