@@ -20,7 +20,7 @@ from typing import Any, Literal, Self
 
 from ggufkit import settings
 from ggufkit.errors import GgufkitError, ToolError, UsageError
-from ggufkit.llamacpp import toolchain
+from ggufkit.llamacpp import host, toolchain
 from ggufkit.llamacpp.gguf import read_gguf
 from ggufkit.llamacpp.metadata import Metadata, split_count, split_parts
 from ggufkit.llamacpp.pin import COMMIT_LENGTH, read_pin
@@ -33,6 +33,9 @@ DEFAULT_CONTEXT = 8192
 gigabytes of memory that a chat does not need."""
 ALL_LAYERS = -1
 _BATCH = 512
+_CELL_NBYTES = 48
+"""What llama.cpp writes down about each token of context (``llama-kv-cells.h``)."""
+_GIB = 1 << 30
 _PIECE_NBYTES = 256
 _PENALTY_WINDOW = 64
 _RANDOM_SEED = 0xFFFFFFFF
@@ -222,6 +225,7 @@ class ChatModel:
         if gpu_layers and not lib.llama_supports_gpu_offload():
             progress.warn(_no_gpu(build.backend))
         self.context = self._context_size(context)
+        self._check_room(on_host=gpu_layers == 0)
         self._load(gpu_layers, threads or settings.threads())
         self._known: list[int] = []
         self.statistics = Statistics(self.context)
@@ -264,6 +268,20 @@ class ChatModel:
                 "was trained with; answers may get worse"
             )
         return wanted
+
+    def _check_room(self, *, on_host: bool) -> None:
+        """Forecast, because a system that is out of memory ends programs without a word."""
+        per_token = _CELL_NBYTES + (_cache_nbytes_per_token(self.metadata) if on_host else 0)
+        need = self.context * per_token
+        total, available = host.total_memory_nbytes(), host.available_memory_nbytes()
+        told = f"a context of {self.context} tokens takes {need / _GIB:.1f} GiB of memory"
+        if total and need > total:
+            raise ToolError(
+                f"{told}, and this machine has {total / _GIB:.1f} GiB",
+                f"Ask for a smaller one: -c {total // 2 // per_token}",
+            )
+        if available and need > available:
+            self._progress.warn(f"{told}, and only {available / _GIB:.1f} GiB are free")
 
     def _load(self, gpu_layers: int, threads: int) -> None:
         lib = self._library
@@ -490,6 +508,22 @@ class ChatModel:
         finally:
             told.generate_seconds = time.monotonic() - started
             told.context_used = len(self._known)
+
+
+def _cache_nbytes_per_token(metadata: Metadata) -> int:
+    """Bytes of keys and values (F16) of one token; 0 where attention is of another kind."""
+    layers = metadata.of_architecture("block_count")
+    heads = metadata.of_architecture("attention.head_count_kv")
+    width = metadata.of_architecture("embedding_length")
+    queries = metadata.of_architecture("attention.head_count")
+    other = ("attention.kv_lora_rank", "ssm.state_size", "wkv.head_size")
+    if any(metadata.of_architecture(key) for key in other):
+        return 0
+    if not all(isinstance(n, int) and n > 0 for n in (layers, heads, width, queries)):
+        return 0
+    key = metadata.of_architecture("attention.key_length") or width // queries
+    value = metadata.of_architecture("attention.value_length") or width // queries
+    return int(layers * heads * (key + value) * 2)
 
 
 def _no_gpu(backend: str) -> str:
