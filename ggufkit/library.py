@@ -1,13 +1,14 @@
 """What lies in the models directory, and how people name it."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ggufkit.errors import GgufkitError, SourceError
+from ggufkit.errors import IntegrityError, SourceError
 from ggufkit.llamacpp.gguf import read_gguf
 from ggufkit.store import MANIFEST, Store, read_manifest
-from ggufkit.values import RunManifest
+from ggufkit.values import GGUFFile, RunManifest
 
 _GGUF_STAGES = ("quantize", "convert", "fetch")
 
@@ -26,6 +27,7 @@ class ModelEntry:
         origin: where the model came from; empty if that is not known.
         created: UTC time, ISO 8601; of the file if it has no manifest.
         known: whether a manifest says how it was made.
+        problem: what is wrong with the file; empty if nothing is seen.
     """
 
     name: str
@@ -37,16 +39,17 @@ class ModelEntry:
     origin: str
     created: str
     known: bool
+    problem: str = ""
 
 
 def list_models(store: Store) -> tuple[ModelEntry, ...]:
     """All GGUFs of a models directory, the newest first."""
-    entries = {entry.path.resolve(): entry for entry in _foreign(store)}
-    entries |= {entry.path.resolve(): entry for entry in _made_here(store)}
+    seen = (entry for entry in (*_foreign(store), *_made_here(store)) if entry)
+    entries = {entry.path.resolve(): entry for entry in seen}
     return tuple(sorted(entries.values(), key=lambda e: (e.created, e.name), reverse=True))
 
 
-def _made_here(store: Store) -> Iterator[ModelEntry]:
+def _made_here(store: Store) -> Iterator[ModelEntry | None]:
     for artifact in store.artifacts():
         if artifact.manifest.stage not in _GGUF_STAGES:
             continue
@@ -58,7 +61,7 @@ def _made_here(store: Store) -> Iterator[ModelEntry]:
                 yield _entry(shown, artifact.manifest)
 
 
-def _foreign(store: Store) -> Iterator[ModelEntry]:
+def _foreign(store: Store) -> Iterator[ModelEntry | None]:
     for path in sorted(store.root.rglob("*.gguf")):
         inside = path.relative_to(store.root).parts
         hidden = any(part.startswith(".") for part in inside)
@@ -66,29 +69,45 @@ def _foreign(store: Store) -> Iterator[ModelEntry]:
         if hidden or unfinished or (path.resolve().parent / MANIFEST).is_file():
             continue
         beside = path.with_name(f"{path.name}.{MANIFEST}")
-        try:
-            yield _entry(path, read_manifest(beside) if beside.is_file() else None)
-        except GgufkitError:
-            continue  # a broken file is no model; inspect says what is wrong with it
+        manifest = None
+        with suppress(IntegrityError):  # a broken manifest is as good as none
+            manifest = read_manifest(beside) if beside.is_file() else None
+        yield _entry(path, manifest)
 
 
-def _entry(path: Path, manifest: RunManifest | None) -> ModelEntry:
+def _is_model(header: GGUFFile) -> bool:
+    """Whether a GGUF can be talked to: importance matrices and later parts are GGUFs too."""
+    keys = header.metadata
+    kind = keys.get("general.type", "model")
+    return bool(header.tensors) and kind == "model" and not keys.get("split.no")
+
+
+def _entry(path: Path, manifest: RunManifest | None) -> ModelEntry | None:
     from datetime import UTC, datetime
 
-    header = read_gguf(path, arrays=False)
-    changed = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    bits, problem = 0.0, ""
+    try:
+        header = read_gguf(path, arrays=False)
+        if not _is_model(header):
+            return None
+        bits = header.bits_per_weight
+    except IntegrityError as error:
+        problem = error.message
+    stat = path.stat()
+    changed = datetime.fromtimestamp(stat.st_mtime, UTC)
     facts = manifest.options if manifest else {}
     recipe = facts.get("recipe") or {}
     return ModelEntry(
         name=path.stem,
         path=path,
         type=str(recipe.get("type") or facts.get("outtype", "")).upper() or "as published",
-        bits_per_weight=header.bits_per_weight,
-        nbytes=header.nbytes,
+        bits_per_weight=bits,
+        nbytes=stat.st_size,
         awq=bool(manifest.inputs.get("scales")) if manifest else None,
         origin=_origin(manifest) if manifest else "",
         created=manifest.created if manifest else changed.isoformat(timespec="seconds"),
         known=manifest is not None,
+        problem=problem,
     )
 
 
@@ -118,7 +137,7 @@ def find_model(spec: str | None, models_dir: Path) -> Path:
             f"there is no model in {models_dir}", "Make one: ggufkit convert demo --type q4_0"
         )
     if spec is None:
-        made = [e for e in entries if e.type != "as published"]
+        made = [e for e in entries if e.type != "as published" and not e.problem]
         return (made or list(entries))[0].path
     exact = [e for e in entries if e.name.lower() == spec.lower()]
     fits = exact or [e for e in entries if e.name.lower().startswith(spec.lower())]

@@ -26,5 +26,7 @@ def command(session: Session, as_json: bool) -> None:
             line += f"{nbytes_text(entry.nbytes)}, {entry.created[:16].replace('T', ' ')} UTC"
             line += f", from {entry.origin}" if entry.origin else ""
             session.console.print(escape(line), soft_wrap=True)
+            if entry.problem:
+                session.console.print(f"  [red]broken: {escape(entry.problem)}[/]", soft_wrap=True)
 
     session.emit(as_json, entries, human)
