@@ -66,7 +66,9 @@ def _foreign(store: Store) -> Iterator[ModelEntry | None]:
         inside = path.relative_to(store.root).parts
         hidden = any(part.startswith(".") for part in inside)
         unfinished = any(part.endswith((".partial", ".changed")) for part in inside)
-        if hidden or unfinished or (path.resolve().parent / MANIFEST).is_file():
+        real = path.resolve()
+        ours = real.is_relative_to(store.root.resolve()) and (real.parent / MANIFEST).is_file()
+        if hidden or unfinished or ours:
             continue
         beside = path.with_name(f"{path.name}.{MANIFEST}")
         manifest = None

@@ -66,7 +66,13 @@ def _print(session: Session, seen: "Inspection", tensors: bool) -> None:
 
 def _facts(seen: "Inspection") -> list[tuple[str, str]]:
     template = seen.chat_template
-    heads = f"{seen.heads}" + (f" ({seen.kv_heads} key/value)" if seen.kv_heads else "")
+    shape = [
+        f"{seen.blocks} blocks" if seen.blocks else "",
+        f"width {seen.embedding_length}" if seen.embedding_length else "",
+        f"heads {seen.heads}" if seen.heads else "",
+    ]
+    if seen.heads and seen.kv_heads:
+        shape[-1] += f" ({seen.kv_heads} key/value)"
     facts = [
         ("name", seen.name),
         ("architecture", seen.architecture),
@@ -74,11 +80,11 @@ def _facts(seen: "Inspection") -> list[tuple[str, str]]:
         ("size", f"{nbytes_text(seen.nbytes)}, {seen.bits_per_weight:.2f} bits per weight"),
         ("split", f"into {seen.split} files" if seen.split > 1 else ""),
         ("context", f"{seen.context_length} tokens" if seen.context_length else ""),
-        ("shape", f"{seen.blocks} blocks, width {seen.embedding_length}, heads {heads}"),
+        ("shape", ", ".join(filter(None, shape))),
         ("rope base", f"{seen.rope_base:g}" if seen.rope_base else ""),
-        ("tokenizer", f"{seen.tokenizer}, {seen.vocabulary:,} tokens"),
+        ("tokenizer", f"{seen.tokenizer or 'unnamed'}, {seen.vocabulary:,} tokens"),
         ("special", "  ".join(f"{role} {text}" for role, text in seen.special_tokens.items())),
-        ("template", f"{len(template)} characters: {template.splitlines()[0][:48]}..." if template
+        ("template", f"{len(template)} characters: {template.splitlines()[0][:40]}..." if template
          else "none: chat needs --chat-template"),
         ("license", seen.license),
     ]  # fmt: skip

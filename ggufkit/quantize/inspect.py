@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ggufkit.llamacpp.gguf import read_gguf
+from ggufkit.llamacpp.metadata import Metadata, split_count
 from ggufkit.values import GGUFFile, Json, RunManifest, TensorInfo
-
-_TOKENS = ("bos", "eos", "eot", "unknown", "padding")
 
 
 @dataclass(frozen=True)
@@ -86,33 +85,29 @@ def inspect(path: Path, manifest: RunManifest | None = None) -> Inspection:
     """
     header = read_gguf(path)
     keys = header.metadata
-    architecture = str(keys.get("general.architecture", "unknown"))
-
-    def own(key: str) -> Json:
-        return keys.get(f"{architecture}.{key}")
-
-    tokens = keys.get("tokenizer.ggml.tokens") or []
+    look = Metadata(header)
+    own = look.of_architecture
     model = [str(keys[k]) for k in ("tokenizer.ggml.model", "tokenizer.ggml.pre") if k in keys]
     return Inspection(
         path=path,
         nbytes=header.nbytes,
-        architecture=architecture,
+        architecture=look.architecture or "unknown",
         name=str(keys.get("general.name", "")),
         parameters=header.parameters,
         bits_per_weight=header.bits_per_weight,
         types=_shares(header),
-        context_length=own("context_length"),
+        context_length=look.trained_context,
         embedding_length=own("embedding_length"),
         blocks=own("block_count"),
         heads=own("attention.head_count"),
         kv_heads=own("attention.head_count_kv"),
-        vocabulary=len(tokens),
+        vocabulary=len(look.tokens),
         tokenizer=", ".join(model),
-        special_tokens={role: text for role in _TOKENS if (text := _token(header, role))},
-        chat_template=str(keys.get("tokenizer.chat_template", "")),
+        special_tokens={role: text for role, (_, text) in look.special_tokens.items() if text},
+        chat_template=look.chat_template,
         rope_base=own("rope.freq_base"),
         license=str(keys.get("general.license", "")),
-        split=int(keys.get("split.count", 1) or 1),
+        split=split_count(header),
         provenance={
             key: value
             for key, value in keys.items()
@@ -132,9 +127,3 @@ def _shares(header: GGUFFile) -> tuple[TypeShare, ...]:
         parameters[tensor.type] += tensor.parameters
         nbytes[tensor.type] += tensor.nbytes
     return tuple(TypeShare(t, tensors[t], parameters[t], n) for t, n in nbytes.most_common())
-
-
-def _token(header: GGUFFile, role: str) -> str:
-    number = header.metadata.get(f"tokenizer.ggml.{role}_token_id")
-    tokens = header.metadata.get("tokenizer.ggml.tokens") or []
-    return str(tokens[number]) if isinstance(number, int) and number < len(tokens) else ""
