@@ -85,9 +85,11 @@ def _mapped(path: Path) -> Iterator[memoryview]:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
                 raise IntegrityError(f"{path} is empty", "Fetch or convert it again")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-                with memoryview(mapped) as data:
-                    yield data
+            with (
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+                memoryview(mapped) as data,
+            ):
+                yield data
     except FileNotFoundError as error:
         raise SourceError(f"there is no {path}", "See what is there: ggufkit models") from error
     except PermissionError as error:
@@ -200,7 +202,9 @@ class _Header:
         code = _SCALARS[kind]
         self._fits(count, struct.calcsize(code), f"{count} values at '{key}'")
         start = self._need(count * struct.calcsize(code), f"the array {key}")
-        return list(struct.unpack_from(f"<{count}{code}", self._data, start)) if keep else _PASSED_OVER
+        if not keep:
+            return _PASSED_OVER
+        return list(struct.unpack_from(f"<{count}{code}", self._data, start))
 
     def _alignment(self, metadata: dict[str, Json]) -> int:
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
