@@ -61,7 +61,11 @@ def threads() -> int:
     """
     given = os.environ.get("GGUFKIT_THREADS")
     if not given:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
     if not given.isdigit() or int(given) < 1:
         raise UsageError(f"GGUFKIT_THREADS is '{given}', which is not a positive number")
     return int(given)

@@ -202,7 +202,9 @@ def test_digests_follow_the_file(tmp_path: Path) -> None:
 
 
 def test_keys_do_not_hang_on_order() -> None:
-    assert stage_key("s", 1, {}, {"a": 1, "b": 2}, {}) == stage_key("s", 1, {}, {"b": 2, "a": 1}, {})
+    assert stage_key("s", 1, {}, {"a": 1, "b": 2}, {}) == stage_key(
+        "s", 1, {}, {"b": 2, "a": 1}, {}
+    )
     assert stage_key("s", 1, {}, {"a": 1}, {}) != stage_key("s", 2, {}, {"a": 1}, {})
     assert canonical_json({"b": (1, 2), "a": Path("x")}) == '{"a":"x","b":[1,2]}'
     with pytest.raises(ValueError, match="Out of range"):

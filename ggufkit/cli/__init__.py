@@ -29,9 +29,7 @@ class _Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):
             return None
-        command: click.Command = import_module(
-            f"{__name__}.{cmd_name.replace('-', '_')}"
-        ).command
+        command: click.Command = import_module(f"{__name__}.{cmd_name.replace('-', '_')}").command
         return command
 
     def resolve_command(
@@ -65,7 +63,7 @@ def root(ctx: click.Context, models_dir: Path | None, quiet: bool) -> None:
       ggufkit convert MODEL --awq --type q4_0   make a GGUF
       ggufkit ppl wikitext                      measure it
       ggufkit chat                              talk to it
-    """
+    """  # noqa: D301 - click takes the control character itself
     ctx.obj = Session(models_dir or settings.models_dir(), quiet)
 
 

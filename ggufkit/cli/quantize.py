@@ -21,9 +21,7 @@ _GGUF = click.Path(path_type=Path)
     help="Quantization type; may be given many times.",
 )
 @click.option("--imatrix", type=_GGUF, help="Importance matrix, as llama-imatrix writes it.")
-@click.option(
-    "--allow-requantize", is_flag=True, help="Accept a file that is quantized already."
-)
+@click.option("--allow-requantize", is_flag=True, help="Accept a file that is quantized already.")
 @out_option
 @json_option
 @pass_session

@@ -18,8 +18,7 @@ def print_quantized(console: "Console", results: Sequence[QuantizeResult]) -> No
         console.print(
             f"  {what}: {row.bits_per_weight_asked:.2f} bits per weight asked, "
             f"{row.bits_per_weight:.2f} got; {_fallbacks(row)}; "
-            f"{nbytes_text(row.nbytes)}; "
-            + ("reused" if row.reused else f"{row.seconds:.1f} s"),
+            f"{nbytes_text(row.nbytes)}; " + ("reused" if row.reused else f"{row.seconds:.1f} s"),
             soft_wrap=True,
         )
     for note in dict.fromkeys(note for row in results for note in row.notes):

@@ -43,7 +43,9 @@ class Family:
 
 
 _LLAMA_GROUPS = (
-    Group("attn_in", "input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    Group(
+        "attn_in", "input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    ),
     Group("attn_out", "self_attn.v_proj", ("self_attn.o_proj",), per_kv_head=True),
     Group("mlp_in", "post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
     # silu(gate)·up is linear in up, so up takes the scale of down's input.

@@ -81,9 +81,7 @@ def replacements(index: CheckpointIndex, family: Family, scales: Scales) -> dict
     }
 
 
-def _check_length(
-    index: CheckpointIndex, name: str, dimension: int, scale: "torch.Tensor"
-) -> None:
+def _check_length(index: CheckpointIndex, name: str, dimension: int, scale: "torch.Tensor") -> None:
     shape = index.tensors[name].shape
     if shape[dimension] != scale.shape[0]:
         raise IntegrityError(

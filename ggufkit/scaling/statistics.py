@@ -184,8 +184,7 @@ class _BlockStep:
     def forward(self, hidden_states: "torch.Tensor", *args: Any, **kwargs: Any) -> "torch.Tensor":
         prefix = f"{self._family.blocks}.{self._number}."
         weights = {
-            name: _finite(self._reader, prefix + name)
-            for name, _ in self._block.named_parameters()
+            name: _finite(self._reader, prefix + name) for name, _ in self._block.named_parameters()
         }
         self._block.load_state_dict(weights, assign=True, strict=False)
         with self._gathering() as gatherers:

@@ -88,9 +88,7 @@ def test_a_broken_checkpoint(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_architecture_that_awq_does_not_know(
-    convert: Run, models: Path, tmp_path: Path
-) -> None:
+def test_an_architecture_that_awq_does_not_know(convert: Run, models: Path, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint")
     edit_config(checkpoint, architectures=["LlamaForCausalLMX"])
     told = convert(checkpoint, "--awq", "--type", "q4_0")
@@ -123,9 +121,7 @@ def test_a_quantized_gguf(run_cli: Run, models: Path, demo_gguf: Path) -> None:
     assert not published(models)
 
 
-def test_a_type_that_needs_an_importance_matrix(
-    convert: Run, models: Path, tmp_path: Path
-) -> None:
+def test_a_type_that_needs_an_importance_matrix(convert: Run, models: Path, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint")
     told = convert(checkpoint, "--type", "iq1_s")
     refused(told, 1, "importance matrix", "--imatrix")

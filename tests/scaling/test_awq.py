@@ -101,7 +101,9 @@ def test_the_statistics_are_those_of_the_whole_model(index: CheckpointIndex) -> 
             x = seen[str((visit.number, name))].reshape(-1, told.gram.shape[0]).double()
             assert told.tokens == len(x) == TOKENS.numel()
             torch.testing.assert_close(told.gram.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-6)
-            torch.testing.assert_close(told.mean_abs.double(), x.abs().mean(0), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(
+                told.mean_abs.double(), x.abs().mean(0), rtol=1e-4, atol=1e-6
+            )
 
 
 def plan_of(index: CheckpointIndex, type: str) -> dict[str, str]:
@@ -216,7 +218,7 @@ def test_sequences_are_spread_over_the_text(tmp_path: Path) -> None:
     assert len({tuple(s.tolist()) for s in sequences}) == 4
     few = sequences_from_text(text, index, 10**6, 512)
     assert 2 <= len(few) < 10**6
-    with pytest.raises(GgufkitError, match="has only .* tokens") as told:
+    with pytest.raises(GgufkitError, match=r"has only \d+ tokens") as told:
         sequences_from_text("too short", index, 4, 32)
     assert "--calibration" in told.value.hint
 

@@ -39,9 +39,7 @@ def test_the_objective_is_the_error_of_the_outputs(ggml: Ggml) -> None:
 @pytest.mark.parametrize("type", ["q4_0", "q4_k", "q2_k", "iq4_xs"])
 def test_outlier_channels_are_protected(ggml: Ggml, type: str) -> None:
     x = inputs_with_outliers(600, 256)
-    weights = [
-        torch.randn(n, 256, generator=torch.Generator().manual_seed(n)) for n in (128, 64)
-    ]
+    weights = [torch.randn(n, 256, generator=torch.Generator().manual_seed(n)) for n in (128, 64)]
     kinds = [ggml.type(type)] * 2
     statistics = statistics_of(x)
     objective = GroupObjective(ggml, weights, kinds, statistics.gram)
