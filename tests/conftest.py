@@ -5,6 +5,11 @@ fails without one.
 """
 
 import os
+
+# Threads that wait by spinning make everything many times slower as soon as
+# something else runs on the same cores; read when torch or llama.cpp loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +19,10 @@ from ggufkit import cli
 from ggufkit.llamacpp import toolchain
 from ggufkit.llamacpp.toolchain import NativeBuild
 from ggufkit.store import Store
+
+# torch may load OpenMP before llama.cpp is asked for, and its threads would spin
+# at barriers: on a machine that does something else too, chat becomes tenfold slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.fixture(scope="session")
