@@ -24,6 +24,7 @@ _DEFAULT_ALIGNMENT = 32
 _MAX_DIMENSIONS = 4
 """``GGML_MAX_DIMS``."""
 _LONG_ARRAY = 64
+_MAX_MESSAGE = 300
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _SCALARS = {
     0: "B",
@@ -81,6 +82,9 @@ def read_gguf(path: Path, *, arrays: bool = True) -> GGUFFile:
 def _mapped(path: Path) -> Iterator[memoryview]:
     if path.is_dir():
         raise SourceError(f"{path} is a directory, not a GGUF")
+    if path.exists() and not path.is_file():
+        # Opening a pipe waits for a writer that may never come.
+        raise SourceError(f"{path} is not a regular file")
     try:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
@@ -90,7 +94,7 @@ def _mapped(path: Path) -> Iterator[memoryview]:
                 memoryview(mapped) as data,
             ):
                 yield data
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise SourceError(f"there is no {path}", "See what is there: ggufkit models") from error
     except PermissionError as error:
         raise SourceError(f"{path} may not be read") from error
@@ -142,7 +146,11 @@ class _Header:
         return GGUFFile(self._path, version, len(self._data), shown, tensors)
 
     def _broken(self, what: str) -> IntegrityError:
-        return IntegrityError(f"{self._path} {what}", "The file is damaged: fetch or make it again")
+        # Names come from the file: they may be long, or be commands to a terminal.
+        shown = "".join(c if c.isprintable() else "?" for c in what[:_MAX_MESSAGE])
+        return IntegrityError(
+            f"{self._path} {shown}", "The file is damaged: fetch or make it again"
+        )
 
     def _need(self, count: int, what: str) -> int:
         """Claim bytes for something; where they start."""
@@ -215,7 +223,7 @@ class _Header:
     def _tensor_entry(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._string("a tensor's name")
         dimensions = self._scalar("I")
-        if not 1 <= dimensions <= _MAX_DIMENSIONS:
+        if dimensions > _MAX_DIMENSIONS:
             raise self._broken(f"has a tensor '{name}' of {dimensions} dimensions")
         shape = tuple(self._scalar("Q") for _ in range(dimensions))
         return name, shape, self._scalar("I"), self._scalar("Q")
@@ -223,8 +231,13 @@ class _Header:
     def _place(
         self, entries: list[tuple[str, tuple[int, ...], int, int]], alignment: int
     ) -> tuple[TensorInfo, ...]:
-        """Turn entries into tensors, each within the file."""
+        """Turn entries into tensors, each within the file.
+
+        Like ``gguf_init`` of llama.cpp, this wants them one after the other,
+        each padded to the alignment, so no two can share bytes.
+        """
         base = -(-self._at // alignment) * alignment
+        expected = 0
         names = type_names()
         seen: set[str] = set()
         tensors = []
@@ -236,12 +249,16 @@ class _Header:
                 raise self._broken(f"has the tensor '{name}' twice")
             seen.add(name)
             block, size = TYPE_SIZES[kind]
-            if 0 in shape or shape[0] % block:
-                raise self._broken(f"has a tensor '{name}' of shape {list(shape)} as {kind}")
+            if shape and shape[0] % block:
+                raise self._broken(
+                    f"has a tensor '{name}' with rows of {shape[0]}, "
+                    f"which blocks of {block} ({kind}) cannot fill"
+                )
             nbytes = prod(shape) // block * size
             end = base + offset + nbytes
-            if offset % alignment:
-                raise self._broken(f"has the tensor '{name}' at an unaligned offset {offset}")
+            if offset != expected:
+                raise self._broken(f"has the tensor '{name}' at offset {offset}, not {expected}")
+            expected += -(-nbytes // alignment) * alignment
             if end > len(self._data):
                 raise self._broken(
                     f"is truncated: tensor '{name}' ends at byte {end}, "

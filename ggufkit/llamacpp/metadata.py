@@ -149,4 +149,5 @@ def split_parts(gguf: GGUFFile) -> tuple[Path, ...]:
 
 def split_count(gguf: GGUFFile) -> int:
     """Number of parts that the file says its model has; 1 for a whole one."""
-    return max(1, int(gguf.metadata.get("split.count") or 1))
+    count = gguf.metadata.get("split.count")
+    return max(1, count) if isinstance(count, int) else 1

@@ -1,4 +1,5 @@
 import contextlib
+import os
 import struct
 from pathlib import Path
 
@@ -154,10 +155,15 @@ PADDING = bytes(4096)
         ),
         (header(tensors=1, rest=tensor("t", (1,) * 5) + PADDING), "'t' of 5 dimensions"),
         (header(tensors=1, rest=tensor("t", (32,), kind=99) + PADDING), "'t' of unknown type 99"),
-        (header(tensors=1, rest=tensor("t", (33,), kind=8) + PADDING), "'t' of shape [33] as Q8_0"),
+        (header(tensors=1, rest=tensor("t", (33,), kind=8) + PADDING), "'t' with rows of 33"),
         (header(tensors=2, rest=2 * tensor("t", (8,)) + PADDING), "has the tensor 't' twice"),
-        (header(tensors=1, rest=tensor("t", (8,), offset=7) + PADDING), "an unaligned offset 7"),
+        (header(tensors=1, rest=tensor("t", (8,), offset=7) + PADDING), "'t' at offset 7, not 0"),
+        (
+            header(tensors=2, rest=tensor("t", (8,)) + tensor("u", (8,)) + PADDING),
+            "has the tensor 'u' at offset 0, not 32",
+        ),
         (header(tensors=1, rest=tensor("t", (HUGE, HUGE)) + PADDING), "is truncated: tensor 't'"),
+        (header(tensors=1, rest=tensor("\x1b[2J", (1,) * 5) + PADDING), "'?[2J' of 5 dimensions"),
     ],
 )
 def test_a_broken_file_says_what_is_wrong(tmp_path: Path, content: bytes, message: str) -> None:
@@ -188,6 +194,30 @@ def test_no_file_and_a_directory(tmp_path: Path) -> None:
         read_gguf(tmp_path / "none.gguf")
     with pytest.raises(SourceError, match="is a directory"):
         read_gguf(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(SourceError, match="there is no"):
+        read_gguf(tmp_path / "file" / "x.gguf")
+
+
+def test_a_pipe_is_refused_without_waiting_for_its_writer(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.gguf")
+    with pytest.raises(SourceError, match="is not a regular file"):
+        read_gguf(tmp_path / "x.gguf")
+
+
+def test_tensors_without_dimensions_or_elements_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    entries = tensor("scalar", ()) + tensor("empty", (32, 0), kind=8, offset=32)
+    path.write_bytes(header(tensors=2, rest=entries + PADDING))
+    assert [(t.parameters, t.nbytes) for t in read_gguf(path).tensors] == [(1, 4), (0, 0)]
+
+
+def test_a_long_name_does_not_flood_the_message(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(header(keys=1, rest=key(100_000 * "k", 99, b"") + PADDING))
+    with pytest.raises(IntegrityError) as caught:
+        read_gguf(path)
+    assert len(caught.value.message) < len(str(path)) + 400
 
 
 def reads_or_refuses(path: Path, content: bytes) -> None:
