@@ -62,19 +62,15 @@ def _made_here(store: Store) -> Iterator[ModelEntry | None]:
 
 
 def _foreign(store: Store) -> Iterator[ModelEntry | None]:
+    published = {artifact.path.resolve() for artifact in store.artifacts()}
     for path in sorted(store.root.rglob("*.gguf")):
         inside = path.relative_to(store.root).parts
         hidden = any(part.startswith(".") for part in inside)
         unfinished = any(part.endswith((".partial", ".changed")) for part in inside)
-        real = path.resolve()
-        ours = real.is_relative_to(store.root.resolve()) and (real.parent / MANIFEST).is_file()
-        if hidden or unfinished or ours:
+        ours = path.resolve().parent in published
+        if hidden or unfinished or ours or not path.is_file():  # a link may lead nowhere
             continue
-        beside = path.with_name(f"{path.name}.{MANIFEST}")
-        manifest = None
-        with suppress(IntegrityError):  # a broken manifest is as good as none
-            manifest = read_manifest(beside) if beside.is_file() else None
-        yield _entry(path, manifest)
+        yield _entry(path, manifest_of(path))
 
 
 def _is_model(header: GGUFFile) -> bool:
@@ -93,7 +89,7 @@ def _entry(path: Path, manifest: RunManifest | None) -> ModelEntry | None:
         if not _is_model(header):
             return None
         bits = header.bits_per_weight
-    except IntegrityError as error:
+    except (IntegrityError, SourceError) as error:
         problem = error.message
     stat = path.stat()
     changed = datetime.fromtimestamp(stat.st_mtime, UTC)
@@ -155,14 +151,14 @@ def find_model(spec: str | None, models_dir: Path) -> Path:
 def manifest_of(path: Path) -> RunManifest | None:
     """The manifest that says how a file was made, if there is one.
 
-    Raises:
-        IntegrityError: if there is one that cannot be read.
+    Other programs have files called ``manifest.json`` too, so one that cannot
+    be read, or does not speak of this file, is as good as none.
     """
     real = path.resolve()
     for place in (path.with_name(f"{path.name}.{MANIFEST}"), real.parent / MANIFEST):
-        if place.is_file():
+        with suppress(OSError, IntegrityError):
             manifest = read_manifest(place)
-            if real.name in manifest.outputs:
+            if {path.name, real.name} & set(manifest.outputs):
                 return manifest
     return None
 

@@ -116,6 +116,32 @@ def test_a_broken_file_does_not_hide_the_others(store: Store, run_cli: Run) -> N
     assert "is truncated" in out
 
 
+def test_what_cannot_be_read_does_not_hide_the_others(store: Store) -> None:
+    before = list_models(store)
+    (store.root / "tiny" / "gone.gguf").symlink_to("quantize-0/gone.gguf")
+    (store.root / "directory.gguf").mkdir()
+    assert list_models(store) == before
+
+
+def test_the_manifest_of_another_program_is_passed_over(store: Store, run_cli: Run) -> None:
+    path = write_gguf(store.root / "web" / "their.gguf")
+    (path.parent / "manifest.json").write_text('{"name": "a web page"}')
+    assert manifest_of(path) is None
+    assert "their" in [e.name for e in list_models(store) if not e.known]
+    code, out, err = run_cli("inspect", path)
+    assert (code, err) == (0, "")
+    assert "no manifest of ggufkit" in out
+
+
+def test_inspect_says_how_a_file_was_made(store: Store, run_cli: Run) -> None:
+    code, out, _ = run_cli("--models-dir", store.root, "inspect", "tiny-awq-q4_0")
+    rows = [" ".join(line.split()) for line in out.splitlines()]
+    assert code == 0
+    assert any(row.startswith("made by ggufkit quantize ") for row in rows)
+    assert "from checkpoint cccccccccccc, scales s" in rows
+    assert "origin hf:org/tiny@abc" in rows
+
+
 def test_of_two_with_one_name_the_newer_is_meant(store: Store) -> None:
     newer = quantize(store, "Q4_0", scales="other")
     names = [e.name for e in list_models(store)]
