@@ -8,6 +8,13 @@ from ggufkit.cli.session import Session, json_option, nbytes_text, pass_session
 
 if TYPE_CHECKING:
     from ggufkit.quantize.inspect import Inspection
+    from ggufkit.values import Json
+
+
+_SHOWN_ELSEWHERE = {
+    f"general.{key}" for key in ("architecture", "name", "license", "alignment", "type")
+}
+_LONG_VALUE = 200
 
 
 @click.command("inspect")
@@ -37,7 +44,7 @@ def _print(session: Session, seen: "Inspection", tensors: bool) -> None:
     rows.add_column(overflow="fold")
     for title, value in _facts(seen):
         if value:
-            rows.add_row(title, escape(value))
+            rows.add_row(title, escape(_plain(value)))
     console.print(rows)
     shares = Table(box=None, pad_edge=False)
     shares.add_column("type")
@@ -50,18 +57,42 @@ def _print(session: Session, seen: "Inspection", tensors: bool) -> None:
             str(share.tensors),
             f"{share.parameters:,}",
             nbytes_text(share.nbytes),
-            f"{100 * share.nbytes / total:.1f} %",
+            f"{100 * share.nbytes / max(1, total):.1f} %",
         )
-    console.print(shares)
+    if seen.types:
+        console.print(shares)
+    told = {key: value for key, value in seen.provenance.items() if key not in _SHOWN_ELSEWHERE}
+    if told:
+        origin = Table(box=None, pad_edge=False)
+        origin.add_column("metadata", style="dim", overflow="fold")
+        origin.add_column("", overflow="fold")
+        for key, value in told.items():
+            origin.add_row(escape(_plain(key)), escape(_plain(str(value))[:_LONG_VALUE]))
+        console.print(origin)
     if tensors:
         listed = Table(box=None, pad_edge=False)
-        for title in ("tensor", "shape", "type"):
-            listed.add_column(title)
-        listed.add_column("bytes", justify="right")
+        listed.add_column("tensor", overflow="fold")
+        for title in ("shape", "type"):
+            listed.add_column(title, no_wrap=True)
+        listed.add_column("bytes", justify="right", no_wrap=True)
         for tensor in seen.tensors:
             shape = " x ".join(str(n) for n in tensor.shape)
-            listed.add_row(escape(tensor.name), shape, tensor.type, nbytes_text(tensor.nbytes))
+            name = escape(_plain(tensor.name))
+            listed.add_row(name, shape, tensor.type, nbytes_text(tensor.nbytes))
         console.print(listed)
+
+
+def _plain(text: str) -> str:
+    """Text out of a file, without the characters that would command a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def _spread(value: "Json") -> str:
+    """A number, or the range of numbers that differ from block to block."""
+    if isinstance(value, list) and value:
+        low, high = min(value), max(value)
+        return _spread(low) if low == high else f"{_spread(low)} to {_spread(high)}"
+    return f"{value:.10g}" if isinstance(value, float) else str(value or "")
 
 
 def _facts(seen: "Inspection") -> list[tuple[str, str]]:
@@ -69,19 +100,20 @@ def _facts(seen: "Inspection") -> list[tuple[str, str]]:
     shape = [
         f"{seen.blocks} blocks" if seen.blocks else "",
         f"width {seen.embedding_length}" if seen.embedding_length else "",
-        f"heads {seen.heads}" if seen.heads else "",
+        f"heads {_spread(seen.heads)}" if seen.heads else "",
     ]
     if seen.heads and seen.kv_heads:
-        shape[-1] += f" ({seen.kv_heads} key/value)"
+        shape[-1] += f" ({_spread(seen.kv_heads)} key/value)"
     facts = [
         ("name", seen.name),
         ("architecture", seen.architecture),
         ("parameters", f"{seen.parameters:,}"),
         ("size", f"{nbytes_text(seen.nbytes)}, {seen.bits_per_weight:.2f} bits per weight"),
-        ("split", f"into {seen.split} files" if seen.split > 1 else ""),
+        ("split", f"one of {seen.split} files; tensors and sizes are those of this one"
+         if seen.split > 1 else ""),
         ("context", f"{seen.context_length} tokens" if seen.context_length else ""),
         ("shape", ", ".join(filter(None, shape))),
-        ("rope base", f"{seen.rope_base:g}" if seen.rope_base else ""),
+        ("rope base", _spread(seen.rope_base)),
         ("tokenizer", f"{seen.tokenizer or 'unnamed'}, {seen.vocabulary:,} tokens"),
         ("special", "  ".join(f"{role} {text}" for role, text in seen.special_tokens.items())),
         ("template", f"{len(template)} characters: {template.splitlines()[0][:40]}..." if template
@@ -94,4 +126,5 @@ def _facts(seen: "Inspection") -> list[tuple[str, str]]:
     how = f"ggufkit {made.stage} {made.key[:12]}, {made.created}"
     tool = ", ".join(f"{name} {what}" for name, what in made.tool.items())
     inputs = ", ".join(f"{role} {str(what)[:12]}" for role, what in made.inputs.items() if what)
-    return [*facts, ("made by", how), ("with", tool), ("from", inputs)]
+    origin = str(made.facts.get("origin") or "")
+    return [*facts, ("made by", how), ("with", tool), ("from", inputs), ("origin", origin)]

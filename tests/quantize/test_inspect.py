@@ -83,6 +83,41 @@ def test_the_command_line_shows_a_model_that_says_little(run_cli: Run, bare: Pat
     assert "None" not in out
 
 
+def test_the_command_line_shows_odd_metadata(run_cli: Run, tmp_path: Path) -> None:
+    path = tmp_path / "odd.gguf"
+    writer = GGUFWriter(path, "odd")
+    writer.add_name("Red\x1b[31m [bold]name")
+    writer.add_array("odd.attention.head_count", [8, 4, 8])
+    writer.add_array("odd.attention.head_count_kv", [2, 2])
+    writer.add_uint32("odd.block_count", 3)
+    writer.add_float32("odd.rope.freq_base", 5e6)
+    writer.add_string("split.count", "many")
+    writer.add_string("quantize.imatrix.dataset", "cal.txt")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    code, out, err = run_cli("inspect", path)
+    assert (code, err) == (0, "")
+    assert "\x1b" not in out
+    rows = [line.split() for line in out.splitlines()]
+    assert ["name", "Red", "[31m", "[bold]name"] in rows
+    assert ["shape", "3", "blocks,", "heads", "4", "to", "8", "(2", "key/value)"] in rows
+    assert ["rope", "base", "5000000"] in rows
+    assert ["quantize.imatrix.dataset", "cal.txt"] in rows
+
+
+def test_a_part_of_a_split_model_says_so(run_cli: Run, tmp_path: Path) -> None:
+    path = tmp_path / "big-00001-of-00003.gguf"
+    writer = GGUFWriter(path, "odd")
+    writer.add_uint16("split.no", 0)
+    writer.add_uint16("split.count", 3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert inspect(path).split == 3
+    assert "one of 3 files" in run_cli("inspect", path)[1]
+
+
 def test_the_command_line_gives_json(run_cli: Run, bare: Path) -> None:
     code, out, _ = run_cli("inspect", bare, "--json")
     told = json.loads(out)
