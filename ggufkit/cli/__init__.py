@@ -98,10 +98,6 @@ def run(args: list[str] | None = None) -> int:
         return _fail(
             "interrupted", "Nothing half-made was published; run it again to go on", _INTERRUPTED
         )
-    except BrokenPipeError:
-        # The reader of our stdout (head, less) is gone, which is no error.
-        sys.stderr.close()
-        return 0
 
 
 def main() -> None:

@@ -34,10 +34,11 @@ class Session:
 
     @cached_property
     def console(self) -> "Console":
-        """Where results go: stdout."""
+        """Where results go: stdout. In a file or pipe, lines are not broken."""
         from rich.console import Console
 
-        return Console(highlight=False)
+        width = None if sys.stdout.isatty() else _PIPE_WIDTH
+        return Console(highlight=False, width=width)
 
     @cached_property
     def talk(self) -> "Console":
@@ -60,6 +61,8 @@ class Session:
         else:
             human()
 
+
+_PIPE_WIDTH = 200
 
 pass_session = click.make_pass_decorator(Session)
 

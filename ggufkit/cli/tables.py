@@ -41,7 +41,7 @@ def print_perplexities(console: "Console", results: Sequence[EvalResult]) -> Non
     table.add_column("PPL", justify="right")
     if len(results) > 1:
         table.add_column("to first", justify="right")
-    for title in ("tokens", "chunks", "tokens/s", "peak memory", "file"):
+    for title in ("tokens/s", "memory", "file"):
         table.add_column(title, justify="right")
     for row in results:
         difference = f"{row.perplexity - results[0].perplexity:+.4f}"
@@ -49,10 +49,12 @@ def print_perplexities(console: "Console", results: Sequence[EvalResult]) -> Non
             row.model.stem,
             f"{row.perplexity:.4f} ± {row.error:.4f}",
             *([difference] if len(results) > 1 else []),
-            str(row.tokens),
-            f"{row.chunks} of {row.context}",
-            f"{row.tokens_per_second:.0f}" + (" (reused)" if row.reused else ""),
+            "reused" if row.reused else f"{row.tokens_per_second:.0f}",
             nbytes_text(row.peak_rss_nbytes),
             nbytes_text(row.file_nbytes),
         )
+    told = results[0]
+    console.print(
+        f"{told.text}: {told.tokens} tokens, {told.chunks} chunks of {told.context}", soft_wrap=True
+    )
     console.print(table)

@@ -56,9 +56,9 @@ def convert(
     outtype = outtype_of(index)
 
     def work(directory: Path) -> dict[str, Json]:
-        source = checkpoint.path
+        source = _named(directory, checkpoint)
         if fold:
-            source = directory / ".folded"
+            source.unlink()
             fold(source)
         out = directory / f"{checkpoint.name}{suffix}-{outtype.upper()}.gguf"
         ran = toolchain.convert_checkpoint(
@@ -71,7 +71,7 @@ def convert(
             progress=progress,
         )
         # Not kept until publishing: disk is what a 7B model is short of.
-        shutil.rmtree(directory / ".folded", ignore_errors=True)
+        shutil.rmtree(source.parent)
         return {"peak_rss_nbytes": ran.peak_rss_nbytes}
 
     return store.run(
@@ -84,6 +84,18 @@ def convert(
         work=work,
         progress=progress,
     )
+
+
+def _named(directory: Path, checkpoint: Checkpoint) -> Path:
+    """A link to the checkpoint by the model's name, in scratch.
+
+    The converter makes metadata (``general.basename``, ``general.finetune``) out
+    of the directory's name, which may be anything; so it is given this one.
+    """
+    link = directory / ".source" / checkpoint.name
+    link.parent.mkdir()
+    link.symlink_to(checkpoint.path.absolute(), target_is_directory=True)
+    return link
 
 
 def scales_digest(scales: Artifact | None) -> str:
@@ -113,7 +125,7 @@ def plan(
     def write_vocab(directory: Path) -> dict[str, Json]:
         toolchain.convert_checkpoint(
             build,
-            checkpoint.path,
+            _named(directory, checkpoint),
             directory / "vocab.gguf",
             outtype="f16",
             name=checkpoint.name,
