@@ -1,4 +1,13 @@
+import contextlib
+import fcntl
 import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,9 +73,42 @@ def test_the_command_line_shows_it(run_cli: Run, demo_gguf: Path) -> None:
     lines = out.splitlines()
     assert any(line.split() == ["architecture", "llama"] for line in lines)
     assert any(line.split()[:2] == ["Q4_1", "210"] for line in lines)
-    assert max(map(len, lines[1:])) <= 80
+    assert any("padding <|im_end|>" in line for line in lines), "a pipe's lines are not broken"
     assert "made by" in out
     assert "blk.0" not in out
+
+
+def on_a_terminal(columns: int, *args: object) -> list[str]:
+    """Run the command line on a pseudo-terminal: its lines, without colours."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+    outside = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+    with subprocess.Popen(
+        [sys.executable, "-m", "ggufkit", *map(str, args)],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=outside | {"TERM": "xterm"},
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+            while block := os.read(ours, 65536):
+                shown += block
+        os.close(ours)
+    assert process.returncode == 0
+    return re.sub(r"\x1b\[[0-9;]*m", "", shown.decode()).splitlines()
+
+
+def test_a_terminal_of_80_columns_shows_everything(demo_gguf: Path) -> None:
+    lines = on_a_terminal(80, "inspect", demo_gguf, "--tensors")
+    path, facts = lines[0], lines[1:]
+    assert path == str(demo_gguf), "a path must be whole to be copied"
+    assert max(map(len, facts)) <= 80
+    assert "…" not in "".join(facts)
+    rows = [line.split() for line in facts]
+    assert ["architecture", "llama"] in rows
+    assert ["blk.29.attn_output.weight", "576", "x", "576", "Q4_1", "202.5", "KiB"] in rows
 
 
 def test_the_command_line_lists_tensors(run_cli: Run, demo_gguf: Path) -> None:
