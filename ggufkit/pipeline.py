@@ -498,8 +498,7 @@ def describe_for_ollama(
 DEMO_CALIBRATION = "pydoc-calibration"
 DEMO_TEXT = "pydoc-measure"
 DEMO_CHUNKS = 48
-DEMO_SYSTEM = "You are a helpful assistant."
-DEMO_QUESTION = "What is the capital of France?"
+DEMO_QUESTION = "Why is the sky blue? Answer in one sentence."
 
 
 def demo(*, models_dir: Path | None = None, progress: Progress = SILENT) -> DemoResult:
@@ -533,8 +532,8 @@ def demo(*, models_dir: Path | None = None, progress: Progress = SILENT) -> Demo
     )
     best = files[-1].path
     reference, rounded, recovered = (m.perplexity for m in measured)
-    sampling = Sampling(temperature=0, max_tokens=64)
-    with chat(best, system=DEMO_SYSTEM, sampling=sampling, progress=progress) as conversation:
+    sampling = Sampling(temperature=0, max_tokens=96)
+    with chat(best, sampling=sampling, progress=progress) as conversation:
         answer = "".join(conversation.ask(DEMO_QUESTION))
     written, _ = modelfile(
         best,
