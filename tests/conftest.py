@@ -10,6 +10,7 @@ import os
 # something else runs on the same cores; read when torch or llama.cpp loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,11 @@ from ggufkit.store import Store
 # torch may load OpenMP before llama.cpp is asked for, and its threads would spin
 # at barriers: on a machine that does something else too, chat becomes tenfold slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+# A shell starts background jobs with Ctrl-C ignored, and what they start inherits
+# that; tests that send it need it to be heard.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
