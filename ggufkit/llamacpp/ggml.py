@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ggufkit.errors import ToolError, UsageError
+from ggufkit.llamacpp.blocks import TYPE_NUMBERS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -113,11 +114,8 @@ class Ggml:
         return {t.name.lower(): t for t in self._enumerate()}
 
     def _enumerate(self) -> Iterator[GgmlType]:
-        # ggml's table has holes, where types were removed, and its end is not
-        # exported; gguf-py knows the numbers in use.
-        from gguf import GGMLQuantizationType
-
-        for number in sorted(t.value for t in GGMLQuantizationType):
+        # ggml's table has holes, where types were removed, and its end is not exported.
+        for number in sorted(TYPE_NUMBERS.values()):
             traits = self._lib.ggml_get_type_traits(number).contents
             if traits.type_name and traits.blck_size:
                 yield GgmlType(number, traits)

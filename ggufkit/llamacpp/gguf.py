@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 
 from ggufkit.errors import IntegrityError, SourceError
-from ggufkit.llamacpp.blocks import TYPE_SIZES
+from ggufkit.llamacpp.blocks import TYPE_NUMBERS, TYPE_SIZES
 from ggufkit.values import GGUFFile, Json, TensorInfo
 
 MAGIC = b"GGUF"
@@ -41,6 +41,8 @@ _SCALARS = {
 }
 """Value type to :mod:`struct` code; strings and arrays apart."""
 
+_TYPE_NAMES = {number: name for name, number in TYPE_NUMBERS.items()}
+
 _OTHER_FILES = {
     b"PK\x03\x04": "a zip archive (or a pickled checkpoint)",
     b"\x80\x02": "a pickle",
@@ -51,14 +53,6 @@ _OTHER_FILES = {
     b"ggjt": "a GGJT file of 2023, which llama.cpp no longer reads",
     b"PAR1": "a parquet file",
 }
-
-
-def type_names() -> dict[int, str]:
-    """Name of each ggml type, by its number in a file."""
-    from gguf import GGMLQuantizationType
-
-    # The packaged enumeration lacks the newest type of the pin.
-    return {42: "Q2_0", **{kind.value: kind.name for kind in GGMLQuantizationType}}
 
 
 def read_gguf(path: Path, *, arrays: bool = True) -> GGUFFile:
@@ -238,11 +232,10 @@ class _Header:
         """
         base = -(-self._at // alignment) * alignment
         expected = 0
-        names = type_names()
         seen: set[str] = set()
         tensors = []
         for name, shape, number, offset in entries:
-            kind = names.get(number)
+            kind = _TYPE_NAMES.get(number)
             if kind not in TYPE_SIZES:
                 raise self._broken(f"has a tensor '{name}' of unknown type {number}")
             if name in seen:
@@ -285,7 +278,6 @@ def write_skeleton(
         out: the file to write.
         tensors: name, shape (columns first) and type of each.
     """
-    numbers = {name: number for number, name in type_names().items()}
     with _mapped(vocab_only) as data:
         _check_magic(vocab_only, data)
         header = _Header(vocab_only, data, arrays=False)
@@ -299,7 +291,7 @@ def write_skeleton(
         spelled = name.encode()
         parts.append(struct.pack("<Q", len(spelled)) + spelled)
         parts.append(struct.pack(f"<I{len(shape)}Q", len(shape), *shape))
-        parts.append(struct.pack("<IQ", numbers[kind], offset))
+        parts.append(struct.pack("<IQ", TYPE_NUMBERS[kind], offset))
         block, size = TYPE_SIZES[kind]
         offset += -(-prod(shape) // block * size // alignment) * alignment
     written = b"".join(parts)

@@ -7,6 +7,7 @@ import pytest
 from gguf import GGMLQuantizationType, quants
 
 from ggufkit.errors import ToolError, UsageError
+from ggufkit.llamacpp.blocks import TYPE_NUMBERS
 from ggufkit.llamacpp.ggml import Ggml
 from ggufkit.llamacpp.toolchain import NativeBuild
 
@@ -61,6 +62,11 @@ def test_weights_change_what_is_kept(ggml: Ggml) -> None:
     assert (
         np.abs(weighted - rows())[:, important].mean() < np.abs(plain - rows())[:, important].mean()
     )
+
+
+def test_the_table_of_types_is_that_of_the_library(ggml: Ggml) -> None:
+    assert {kind.name.upper(): kind.id for kind in ggml.types.values()} == TYPE_NUMBERS
+    assert {k.name: k.value for k in GGMLQuantizationType}.items() <= TYPE_NUMBERS.items()
 
 
 def test_knows_its_types(ggml: Ggml) -> None:
