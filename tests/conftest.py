@@ -21,11 +21,6 @@ from ggufkit.llamacpp import toolchain
 from ggufkit.llamacpp.toolchain import NativeBuild
 from ggufkit.store import Store
 
-# torch may load OpenMP before llama.cpp is asked for, and its threads would spin
-# at barriers: on a machine that does something else too, chat becomes tenfold slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-
 # A shell starts background jobs with Ctrl-C ignored, and what they start inherits
 # that; tests that send it need it to be heard.
 signal.signal(signal.SIGINT, signal.default_int_handler)

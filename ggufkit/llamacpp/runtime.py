@@ -144,9 +144,6 @@ def load_llama_cpp(build: NativeBuild | None = None) -> ModuleType:
             f"Import it through ggufkit, or set LLAMA_CPP_LIB_PATH={wanted} first",
         )
     os.environ["LLAMA_CPP_LIB_PATH"] = wanted
-    # GCC's OpenMP spins at barriers: on a machine that does something else too,
-    # a token then takes a second instead of a fiftieth. Read when it is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import llama_cpp
     from llama_cpp import llama_cpp as library
 
