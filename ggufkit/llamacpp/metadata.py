@@ -82,11 +82,6 @@ class Metadata:
         return value if isinstance(value, list) else []
 
     @property
-    def vocabulary_size(self) -> int | None:
-        """Number of tokens."""
-        return len(self.tokens) or self.of_architecture("vocab_size")
-
-    @property
     def special_tokens(self) -> dict[str, tuple[int, str]]:
         """Name to id and text of each special token that is set."""
         found = {}

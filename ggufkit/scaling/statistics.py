@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ggufkit.checkpoint.index import CheckpointIndex
 from ggufkit.checkpoint.tensors import TensorReader
 from ggufkit.errors import CheckpointError, GgufkitError
-from ggufkit.scaling.families import Family, Group
+from ggufkit.scaling.families import Family
 
 if TYPE_CHECKING:
     import torch
@@ -277,8 +277,3 @@ def sequences_from_text(
     count = min(samples, available)
     starts = [round(i * (len(tokens) - body) / max(1, count - 1)) for i in range(count)]
     return torch.tensor([prefix + tokens[start : start + body] for start in starts])
-
-
-def group_inputs(group: Group, visit: BlockVisit) -> int:
-    """Number of input columns of a group's consumers."""
-    return visit.weights[f"{group.consumers[0]}.weight"].shape[1]
