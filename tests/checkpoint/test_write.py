@@ -41,7 +41,7 @@ def test_replaced_tensors_change_and_nothing_else(tmp_path: Path) -> None:
             assert torch.equal(new.load(name), old.load(name) * factor), name
 
 
-@pytest.mark.parametrize("arch", sorted(factory.ARCHITECTURES))
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
 @pytest.mark.parametrize("shards", [1, 2])
 def test_transformers_loads_what_is_written(tmp_path: Path, arch: str, shards: int) -> None:
     from transformers import AutoModelForCausalLM
