@@ -4,6 +4,7 @@ The rooms do not know each other; here their values meet. Only the pipeline
 uses this.
 """
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,20 +12,38 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from ggufkit import settings
 from ggufkit.checkpoint.index import CheckpointIndex, open_checkpoint
 from ggufkit.checkpoint.tokenizer import check_tokenizer
-from ggufkit.evaluate import texts
+from ggufkit.evaluate import perplexity, texts
 from ggufkit.llamacpp.toolchain import NativeBuild
 from ggufkit.progress import Progress
 from ggufkit.quantize import stages
+from ggufkit.quantize.stages import PlannedTensor
 from ggufkit.quantize.types import space_forecast
 from ggufkit.scaling.families import Family, family_of
 from ggufkit.store import Store, canonical_json, require_space
-from ggufkit.values import Artifact, Calibration, Checkpoint, FetchOptions, Json, QuantRecipe, Text
+from ggufkit.values import (
+    Artifact,
+    AwqOptions,
+    Calibration,
+    Checkpoint,
+    FetchOptions,
+    Json,
+    QuantRecipe,
+    Text,
+)
 
-_AWQ_VERSION = 1
+if TYPE_CHECKING:
+    import torch
+
+    from ggufkit.scaling.calibration import Sequences
+
+IMPORTANCE = "importance.safetensors"
+_AWQ_VERSION = 2
+_IMATRIX_VERSION = 1
 
 
 @dataclass
@@ -39,6 +58,9 @@ class Conversion:
         calibration: what AWQ looks at.
         types: the quantization types to make; none if only scales are wanted.
         progress: who to tell.
+        awq: how scales are found and kept.
+        imatrix: the importance matrix to quantize with: a file, or ``auto`` for
+            one of the calibration text.
     """
 
     store: Store
@@ -48,6 +70,8 @@ class Conversion:
     calibration: Calibration
     types: Sequence[str]
     progress: Progress
+    awq: AwqOptions = field(default_factory=AwqOptions)
+    imatrix: Path | Literal["auto"] | None = None
     _intermediates: list[Artifact] = field(default_factory=list)
 
     @cached_property
@@ -62,12 +86,25 @@ class Conversion:
     @cached_property
     def family(self) -> Family:
         """The AWQ family."""
-        return family_of(self.index.architectures[0])
+        return family_of(self.index.config)
+
+    @property
+    def stored_dtype(self) -> str | None:
+        """What changed tensors are stored in; None for their own dtype."""
+        asked = self.awq.dtype
+        if asked == "auto":
+            asked = "f16" if self.types and self.index.dtype in ("F16", "BF16") else "keep"
+        return None if asked == "keep" else asked.upper()
+
+    @property
+    def exact(self) -> bool:
+        """Whether only powers of two fold exactly into the tensors' dtype."""
+        return self.stored_dtype is None and self.index.dtype in ("F16", "BF16")
 
     @cached_property
     def calibration_text(self) -> Text:
         """The calibration text."""
-        return texts.load_text(
+        return texts.load_calibration(
             self.calibration.text,
             column=self.calibration.column,
             text_dir=settings.text_dir(),
@@ -85,6 +122,62 @@ class Conversion:
         needed = copies * self.index.nbytes + space_forecast(self.index.parameters, self.types)
         require_space(self.store.root, needed, f"converting {self.checkpoint.name}")
 
+    @cached_property
+    def sequences(self) -> "Sequences":
+        """The calibration text as token ids, with pieces of it held back."""
+        from ggufkit.scaling.calibration import cut_sequences, read_documents
+
+        trust = self.fetch.trust_remote_code
+        documents, kind = read_documents(
+            self.calibration_text.path, self.index, trust_remote_code=trust
+        )
+        cut = cut_sequences(
+            documents,
+            self.index,
+            samples=self.calibration.samples,
+            length=self.calibration.length,
+            seed=self.calibration.seed,
+            trust_remote_code=trust,
+        )
+        if len(cut.tokens) < self.calibration.samples:
+            self.progress.warn(
+                f"{self.calibration_text.name} gives only {len(cut.tokens)} of the "
+                f"{self.calibration.samples} calibration sequences asked for"
+            )
+        return dataclasses.replace(cut, facts={"kind": kind, **cut.facts})
+
+    @cached_property
+    def held_back_text(self) -> Text:
+        """The calibration text's pieces that neither AWQ nor the imatrix sees."""
+        from ggufkit.scaling.calibration import text_of
+
+        content = text_of(
+            self.sequences.held_back,
+            self.index,
+            trust_remote_code=self.fetch.trust_remote_code,
+        )
+        return texts.keep_text(
+            f"held-back part of {self.calibration_text.name}",
+            content,
+            self.calibration_text.source,
+            settings.cache_dir(),
+        )
+
+    def plans_for(self, types: Iterable[str]) -> dict[str, dict[str, PlannedTensor]]:
+        """What becomes of each tensor, for each type."""
+        return {
+            type: stages.plan(
+                self.store,
+                self.build,
+                self.checkpoint,
+                self.index,
+                type,
+                self.progress,
+                imatrix=self.imatrix is not None,
+            )
+            for type in types
+        }
+
     def scales_for(self, types: Iterable[str]) -> dict[str, Artifact]:
         """Scales for each type, searched together in one pass over the text.
 
@@ -93,12 +186,12 @@ class Conversion:
         Raises:
             CheckpointError: if the architecture has no AWQ family; before any work.
         """
-        family_of(self.index.architectures[0])
+        assert self.family
+        if self.awq.scales or self.awq.backend != "ggufkit":
+            return dict.fromkeys(types, self._scales_from_elsewhere())
         plans = {
-            type: stages.plan(
-                self.store, self.build, self.checkpoint, self.index, type, self.progress
-            )
-            for type in types
+            type: {name: told.type or "f32" for name, told in plan.items()}
+            for type, plan in self.plans_for(types).items()
         }
         by_key = {canonical_json(plan): plan for plan in plans.values()}
         found: dict[str, Artifact] = {}
@@ -129,20 +222,14 @@ class Conversion:
             "awq",
             version=_AWQ_VERSION,
             model=self.checkpoint.name,
-            inputs={
-                "checkpoint": self.checkpoint.digest,
-                "calibration": self.calibration_text.digest,
-            },
+            inputs=self._calibration_inputs,
             options={
+                **self._calibration_options,
                 "plan": plan,
-                "samples": self.calibration.samples,
-                "length": self.calibration.length,
+                "imatrix": self.imatrix == "auto",
+                "exact": self.exact,
             },
-            tool={
-                "llama.cpp": self.build.commit,
-                "torch": version("torch"),
-                "transformers": version("transformers"),
-            },
+            tool=self._scaling_tool,
             work=work,
             resume=True,
             progress=self.progress,
@@ -151,48 +238,214 @@ class Conversion:
             facts.update(self._search(rest, opened, found))
         return facts
 
+    @property
+    def _calibration_inputs(self) -> dict[str, Json]:
+        return {
+            "checkpoint": self.checkpoint.digest,
+            "calibration": self.calibration_text.digest,
+        }
+
+    @property
+    def _calibration_options(self) -> dict[str, Json]:
+        return {
+            "samples": self.calibration.samples,
+            "length": self.calibration.length,
+            "seed": self.calibration.seed,
+        }
+
+    @property
+    def _scaling_tool(self) -> dict[str, Json]:
+        return {
+            "llama.cpp": self.build.commit,
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+        }
+
+    @property
+    def _sequence_facts(self) -> dict[str, Json]:
+        return {"tokens": self.sequences.tokens.numel(), "sequences": self.sequences.facts}
+
     def _search_now(self, opened: Mapping[str, tuple[Path, Mapping[str, str]]]) -> dict[str, Json]:
         self.check_before_work(folded=True)
         # These bring torch, which a plain conversion does not need.
         from ggufkit.llamacpp.ggml import Ggml
         from ggufkit.scaling.awq import Job, search_scales
-        from ggufkit.scaling.statistics import sequences_from_text
 
-        sequences = sequences_from_text(
-            self.calibration_text.path.read_text(encoding="utf-8"),
-            self.index,
-            self.calibration.samples,
-            self.calibration.length,
-            trust_remote_code=self.fetch.trust_remote_code,
-        )
-        if len(sequences) < self.calibration.samples:
-            self.progress.warn(
-                f"{self.calibration_text.name} gives only {len(sequences)} of the "
-                f"{self.calibration.samples} calibration sequences asked for"
-            )
         told = search_scales(
             self.index,
             self.family,
-            sequences,
-            [Job(directory, plan) for directory, plan in opened.values()],
+            self.sequences.tokens,
+            [
+                Job(directory, plan, importance=self.imatrix == "auto", exact=self.exact)
+                for directory, plan in opened.values()
+            ],
             Ggml(self.build.bin, settings.threads()),
             self.progress,
             trust_remote_code=self.fetch.trust_remote_code,
         )
         return {
-            key: {"tokens": sequences.numel(), **told[directory.name]}
+            key: {
+                **self._sequence_facts,
+                "divergence": self._check_function(directory),
+                **told[directory.name],
+            }
             for key, (directory, _) in opened.items()
         }
 
-    def fold_into(self, scales: Artifact, directory: Path) -> None:
-        """Write the checkpoint with scales folded in."""
-        from ggufkit.checkpoint.write import write_checkpoint
-        from ggufkit.scaling.fold import read_scales, replacements
+    def _scales_from_elsewhere(self) -> Artifact:
+        """Scales of a file, or of AutoAWQ's own search; one set for all types."""
+        from ggufkit.scaling.autoawq import autoawq_version
 
+        given = self.awq.scales
+
+        def work(directory: Path) -> dict[str, Json]:
+            from ggufkit.scaling.awq import SCALES_FILE
+            from ggufkit.scaling.fold import powers_of_two, read_scales, write_scales
+
+            self.check_before_work(folded=True)
+            scales = read_scales(given) if given else self._autoawq_scales()
+            if self.exact:
+                scales = powers_of_two(scales)
+            write_scales(directory / SCALES_FILE, scales)
+            return {
+                "calibration": self.calibration_text.name,
+                **self._sequence_facts,
+                "divergence": self._check_function(directory),
+                "groups": len(scales),
+                "groups_left_alone": sum(bool((s == 1).all()) for s in scales.values()),
+            }
+
+        return self.store.run(
+            "awq",
+            version=_AWQ_VERSION,
+            model=self.checkpoint.name,
+            inputs={
+                **self._calibration_inputs,
+                "scales": self.store.digest(given).sha256 if given else "",
+            },
+            options={
+                **self._calibration_options,
+                "backend": "file" if given else self.awq.backend,
+                "exact": self.exact,
+            },
+            tool={**self._scaling_tool, **({} if given else {"autoawq": autoawq_version()})},
+            work=work,
+            progress=self.progress,
+        )
+
+    def _autoawq_scales(self) -> "dict[str, torch.Tensor]":
+        from ggufkit.scaling.autoawq import autoawq_scales
+
+        return autoawq_scales(
+            self.index,
+            self.family,
+            self.sequences.tokens,
+            self.progress,
+            trust_remote_code=self.fetch.trust_remote_code,
+        )
+
+    def _check_function(self, directory: Path) -> float:
+        """Refuse scales whose fold would change what the model computes."""
+        from ggufkit.scaling.awq import SCALES_FILE
+        from ggufkit.scaling.fold import read_scales
+        from ggufkit.scaling.guard import fold_divergence, require_same_function
+
+        with self.progress.task("comparing with the original"):
+            divergence = fold_divergence(
+                self.index,
+                self.family,
+                read_scales(directory / SCALES_FILE),
+                self.sequences.held_back[:1],
+                scratch=directory,
+                dtype=self.stored_dtype,
+                trust_remote_code=self.fetch.trust_remote_code,
+            )
+        require_same_function(divergence, self.checkpoint.name)
+        return divergence
+
+    def imatrix_for(self, scales: Artifact | None) -> Artifact:
+        """The importance matrix of the model, with scales folded in or as it is.
+
+        Raises:
+            CheckpointError: if the architecture has no AWQ family.
+        """
+        own = scales and IMPORTANCE in scales.manifest.outputs
+        source = scales if scales and own else self._importance()
+        (plan,) = self.plans_for(["Q8_0"]).values()
+
+        def work(directory: Path) -> dict[str, Json]:
+            from ggufkit.quantize.imatrix import write_imatrix
+            from ggufkit.scaling.fold import read_scales
+            from ggufkit.scaling.importance import after_fold, read_importance
+
+            importance = read_importance(source.path / IMPORTANCE)
+            if scales:
+                folded = read_scales(stages.scales_file(scales))
+                importance = after_fold(importance, self.index, self.family, folded)
+            squares = {name: (seen.mean.numpy(), seen.tokens) for name, seen in importance.items()}
+            write_imatrix(
+                directory / "imatrix.gguf",
+                stages.imatrix_entries(plan, squares),
+                dataset=self.calibration_text.name,
+                chunk_tokens=self.calibration.length,
+                chunks=source.manifest.facts["tokens"] // self.calibration.length,
+            )
+            return {"calibration": self.calibration_text.name}
+
+        return self.store.run(
+            "imatrix",
+            version=_IMATRIX_VERSION,
+            model=self.checkpoint.name,
+            inputs={
+                "importance": source.manifest.outputs[IMPORTANCE].sha256,
+                "scales": stages.scales_digest(scales),
+            },
+            options={"calibration": self.calibration_text.name},
+            tool={"llama.cpp": self.build.commit},
+            work=work,
+            progress=self.progress,
+        )
+
+    def _importance(self) -> Artifact:
+        """What all linear maps see, without scales."""
+        assert self.family
+
+        def work(directory: Path) -> dict[str, Json]:
+            from ggufkit.scaling.importance import gather_importance
+
+            self.check_before_work(folded=False)
+            gather_importance(
+                self.index,
+                self.family,
+                self.sequences.tokens,
+                directory,
+                self.progress,
+                trust_remote_code=self.fetch.trust_remote_code,
+            )
+            return {"calibration": self.calibration_text.name, **self._sequence_facts}
+
+        return self.store.run(
+            "importance",
+            version=_IMATRIX_VERSION,
+            model=self.checkpoint.name,
+            inputs=self._calibration_inputs,
+            options=self._calibration_options,
+            tool=self._scaling_tool,
+            work=work,
+            progress=self.progress,
+        )
+
+    def fold_into(self, scales: Path, directory: Path) -> None:
+        """Write the checkpoint with the scales of a file folded in."""
+        from ggufkit.checkpoint.write import write_checkpoint
+        from ggufkit.scaling.fold import changes_of, read_scales
+
+        changes = changes_of(self.index, self.family, read_scales(scales), self.stored_dtype)
         write_checkpoint(
             self.index,
             directory,
-            replacements(self.index, self.family, read_scales(scales.file(".safetensors"))),
+            changes,
+            dtypes={name: change.dtype for name, change in changes.items()},
             progress=self.progress,
         )
 
@@ -200,9 +453,13 @@ class Conversion:
         """Write the folded checkpoint, whole or not at all, with its scales in ``awq/``."""
         scratch = out.absolute().with_name(f".{out.name}.{os.getpid()}.partial")
         try:
-            self.fold_into(scales, scratch)
+            self.fold_into(stages.scales_file(scales), scratch)
             # Not beside the shards, where loaders look for weights.
             shutil.copytree(scales.path, scratch / "awq")
+            if self.imatrix == "auto":
+                shutil.copyfile(
+                    self.imatrix_for(scales).file(".gguf"), scratch / "awq" / "imatrix.gguf"
+                )
             if out.exists():
                 out.rmdir()
             os.replace(scratch, out)
@@ -211,10 +468,13 @@ class Conversion:
 
     def quantize(self, type: str, scales: Artifact | None) -> Artifact:
         """The GGUF of one type; makes the intermediate if it is needed."""
+        imatrix = self.imatrix
+        if imatrix == "auto":
+            imatrix = self.imatrix_for(scales).file(".gguf")
 
         def fold(directory: Path) -> None:
             assert scales is not None
-            self.fold_into(scales, directory)
+            self.fold_into(stages.scales_file(scales), directory)
 
         def source() -> Path:
             self.check_before_work(folded=scales is not None)
@@ -226,10 +486,12 @@ class Conversion:
                 scales,
                 fold if scales else None,
                 self.progress,
+                outtype=(self.stored_dtype or "").lower() if scales else None,
             )
             self._intermediates.append(made)
             return made.file(".gguf")
 
+        ways = ("-awq" if scales else "") + ("-imatrix" if imatrix else "")
         return stages.quantize(
             self.store,
             self.build,
@@ -238,12 +500,43 @@ class Conversion:
                 "checkpoint": self.checkpoint.digest,
                 "scales": stages.scales_digest(scales),
             },
-            recipe=QuantRecipe(type),
-            stem=f"{self.checkpoint.name}-awq" if scales else self.checkpoint.name,
+            recipe=QuantRecipe(type, imatrix=self.store.digest(imatrix).sha256 if imatrix else ""),
+            stem=f"{self.checkpoint.name}{ways}",
             origin=self.checkpoint.origin,
             source=source,
+            imatrix=imatrix,
             progress=self.progress,
         )
+
+    def guarded(self, type: str, scaled: Artifact) -> tuple[Artifact, str]:
+        """The better of a file with AWQ and the same without, on held-back text.
+
+        Returns:
+            The file's artifact, and in words why it was kept.
+        """
+        plain = self.quantize(type, None)
+        text = self.held_back_text
+        with_awq, without = (
+            perplexity.measure(
+                self.store,
+                self.build,
+                artifact.file(".gguf"),
+                text,
+                context=self.calibration.length,
+                chunks=None,
+                gpu_layers=0,
+                progress=self.progress,
+            )
+            for artifact in (scaled, plain)
+        )
+        better = with_awq.perplexity < without.perplexity
+        told = (
+            f"{type} guard: {'AWQ' if better else 'plain'} kept; perplexity on "
+            f"{without.chunks} held-back chunks {with_awq.perplexity:.4f} with AWQ, "
+            f"{without.perplexity:.4f} without"
+        )
+        self.progress.say(told)
+        return (scaled if better else plain), told
 
     def remove_intermediates(self) -> None:
         """Delete the float GGUFs that this conversion used."""

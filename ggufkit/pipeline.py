@@ -7,13 +7,14 @@ so that importing this module costs nothing.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ggufkit import settings
 from ggufkit.errors import IntegrityError, UsageError
 from ggufkit.progress import SILENT, Progress
 from ggufkit.values import (
     Artifact,
+    AwqOptions,
     AwqResult,
     Calibration,
     Checkpoint,
@@ -42,6 +43,9 @@ def convert(
     *,
     types: Sequence[str] = DEFAULT_TYPES,
     awq: bool = False,
+    awq_options: AwqOptions | None = None,
+    imatrix: Path | Literal["auto"] | None = None,
+    guard: bool = False,
     out: Path | None = None,
     calibration: Calibration | None = None,
     keep_intermediate: bool = False,
@@ -56,8 +60,13 @@ def convert(
             ``demo``, or a GGUF (which is quantized as it is).
         types: quantization types, in any case.
         awq: fold activation-aware scales in first, searched for each type.
+        awq_options: how scales are found and kept.
+        imatrix: quantize with an importance matrix: ``auto`` for one of the
+            calibration text, which AWQ's own pass yields, or a file.
+        guard: make each file with AWQ without it as well, measure both on
+            calibration text that was held back, and keep the better.
         out: also put the files into this directory.
-        calibration: what AWQ looks at.
+        calibration: what AWQ and the importance matrix look at.
         keep_intermediate: keep the float GGUF that the types are made from.
         models_dir: the models directory.
         fetch: how the model is found and fetched.
@@ -76,14 +85,27 @@ def convert(
     store = Store(models_dir or settings.models_dir())
     fetch = fetch or FetchOptions()
     source = _resolve(model, store, fetch, progress)
+    if guard and not awq:
+        raise UsageError("--guard compares AWQ with doing without it", "Add --awq")
     if isinstance(source, Path):
-        if awq:
+        if awq or imatrix == "auto":
             raise UsageError(
-                f"{source.name} is a GGUF; AWQ folds scales into a checkpoint before conversion",
-                "Give the checkpoint it was made from, or leave out --awq",
+                f"{source.name} is a GGUF; AWQ and --imatrix auto work on a checkpoint",
+                "Give the checkpoint it was made from, or leave out --awq and --imatrix auto",
             )
-        return quantize(source, types=wanted, out=out, models_dir=store.root, progress=progress)
-    job = Conversion(store, build, source, fetch, calibration or Calibration(), wanted, progress)
+        return quantize(
+            source, types=wanted, out=out, imatrix=imatrix, models_dir=store.root, progress=progress
+        )
+    if awq and isinstance(imatrix, Path):
+        raise UsageError(
+            f"{imatrix} was made of the model before scales are folded in",
+            "Use --imatrix auto, which makes one of the folded model",
+        )
+    job = Conversion(
+        *(store, build, source, fetch, calibration or Calibration(), wanted, progress),
+        awq=awq_options or AwqOptions(),
+        imatrix=imatrix,
+    )
     scales: dict[str, Artifact] = {}
     if awq:
         for type in filter(is_float, wanted):
@@ -92,9 +114,12 @@ def convert(
     results = []
     try:
         for type in wanted:
-            artifact = job.quantize(type, scales.get(type))
-            path = _place(store, artifact, out)
-            results.append(_result_of(artifact, path, type in scales, source.notes))
+            made = job.quantize(type, scales.get(type))
+            notes = source.notes
+            if guard and type in scales:
+                made, told = job.guarded(type, made)
+                notes = (*notes, told)
+            results.append(_result_of(made, _place(store, made, out), notes))
     finally:
         if not keep_intermediate:
             job.remove_intermediates()
@@ -106,6 +131,8 @@ def awq(
     *,
     out: Path,
     type: str,
+    awq_options: AwqOptions | None = None,
+    imatrix: bool = False,
     calibration: Calibration | None = None,
     models_dir: Path | None = None,
     fetch: FetchOptions | None = None,
@@ -120,6 +147,9 @@ def awq(
         model: as for :func:`convert`, but not a GGUF.
         out: directory of the new checkpoint; must not hold anything else.
         type: the quantization type that the scales are searched for.
+        awq_options: how scales are found and kept.
+        imatrix: search for use with an importance matrix, and write that of the
+            folded model into ``awq/`` in the result.
         calibration: what AWQ looks at.
         models_dir: the models directory.
         fetch: how the model is found and fetched.
@@ -144,19 +174,26 @@ def awq(
     if isinstance(source, Path):
         raise UsageError(f"{source.name} is a GGUF; AWQ works on a checkpoint")
     build = toolchain.find_build()
-    job = Conversion(store, build, source, fetch, calibration or Calibration(), [], progress)
+    job = Conversion(
+        *(store, build, source, fetch, calibration or Calibration(), [], progress),
+        awq=awq_options or AwqOptions(),
+        imatrix="auto" if imatrix else None,
+    )
     scales = job.scales_for([wanted])[wanted]
     job.publish_folded(scales, out)
     facts = scales.manifest.facts
     return AwqResult(
         path=out,
-        scales=scales.file(".safetensors"),
+        scales=out / "awq" / "scales.safetensors",
         type=wanted,
         calibration=facts["calibration"],
         tokens=facts["tokens"],
         groups=facts["groups"],
         groups_left_alone=facts["groups_left_alone"],
-        objective_ratio=facts["objective"] / facts["objective_plain"],
+        objective_ratio=(
+            facts["objective"] / facts["objective_plain"] if "objective" in facts else None
+        ),
+        divergence=facts["divergence"],
         seconds=scales.manifest.seconds,
         reused=scales.reused,
     )
@@ -211,7 +248,7 @@ def quantize(
             allow_requantize=allow_requantize,
             progress=progress,
         )
-        results.append(_result_of(artifact, _place(store, artifact, out), awq=False))
+        results.append(_result_of(artifact, _place(store, artifact, out)))
     return results
 
 
@@ -289,12 +326,10 @@ def _resolve(
     )
 
 
-def _result_of(
-    artifact: Artifact, path: Path, awq: bool, notes: tuple[str, ...] = ()
-) -> QuantizeResult:
+def _result_of(artifact: Artifact, path: Path, notes: tuple[str, ...] = ()) -> QuantizeResult:
     from ggufkit.quantize.stages import result_of
 
-    return result_of(artifact, path, awq, notes)
+    return result_of(artifact, path, notes)
 
 
 def _place(store: "Store", artifact: Artifact, out: Path | None) -> Path:
@@ -514,14 +549,19 @@ def demo(*, models_dir: Path | None = None, progress: Progress = SILENT) -> Demo
     from ggufkit.llamacpp.runtime import Sampling
 
     plain = convert("demo", types=["f32", "q4_0"], models_dir=models_dir, progress=progress)
-    scaled = convert(
-        "demo",
-        types=["q4_0"],
-        awq=True,
-        calibration=Calibration(DEMO_CALIBRATION),
-        models_dir=models_dir,
-        progress=progress,
-    )
+    ways: tuple[Literal["auto"] | None, ...] = (None, "auto")
+    scaled = [
+        convert(
+            "demo",
+            types=["q4_0"],
+            awq=True,
+            imatrix=imatrix,
+            calibration=Calibration(DEMO_CALIBRATION),
+            models_dir=models_dir,
+            progress=progress,
+        )[0]
+        for imatrix in ways
+    ]
     files = (*plain, *scaled)
     measured = ppl(
         DEMO_TEXT,
@@ -531,7 +571,7 @@ def demo(*, models_dir: Path | None = None, progress: Progress = SILENT) -> Demo
         progress=progress,
     )
     best = files[-1].path
-    reference, rounded, recovered = (m.perplexity for m in measured)
+    reference, rounded, *better = (m.perplexity for m in measured)
     sampling = Sampling(temperature=0, max_tokens=96)
     with chat(best, sampling=sampling, progress=progress) as conversation:
         answer = "".join(conversation.ask(DEMO_QUESTION))
@@ -545,7 +585,7 @@ def demo(*, models_dir: Path | None = None, progress: Progress = SILENT) -> Demo
     return DemoResult(
         files=files,
         measured=tuple(measured),
-        recovered=(rounded - recovered) / (rounded - reference),
+        recovered=tuple((rounded - own) / (rounded - reference) for own in better),
         calibration=DEMO_CALIBRATION,
         question=DEMO_QUESTION,
         answer=answer.strip(),

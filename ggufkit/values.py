@@ -161,6 +161,7 @@ class QuantizeResult:
         path: the GGUF.
         type: quantization type asked for, such as ``Q4_K_M``.
         awq: whether AWQ scales were folded in.
+        imatrix: whether it was quantized with an importance matrix.
         bits_per_weight_asked: what the type promises when every tensor can have it.
         bits_per_weight: what the file has, over all its tensors.
         fallbacks: type that tensors fell back to, and how many did.
@@ -174,6 +175,7 @@ class QuantizeResult:
     path: Path
     type: str
     awq: bool
+    imatrix: bool
     bits_per_weight_asked: float
     bits_per_weight: float
     fallbacks: dict[str, int]
@@ -182,6 +184,12 @@ class QuantizeResult:
     seconds: float
     reused: bool
     notes: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """Type and ways in words, such as ``Q4_0 with AWQ and imatrix``."""
+        ways = [way for way, used in (("AWQ", self.awq), ("imatrix", self.imatrix)) if used]
+        return f"{self.type} with {' and '.join(ways)}" if ways else self.type
 
 
 @dataclass(frozen=True)
@@ -268,21 +276,44 @@ class FetchOptions:
     allow_pickle: bool = False
 
 
+CHAT_KEYS = ("messages", "conversations")
+"""What a row of a file of chats has: OpenAI's and ShareGPT's word for its turns."""
+PAIR_KEYS = (
+    ("question", "answer"),
+    ("instruction", "output"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+)
+"""What a row of a file of questions and answers has."""
+
+
+def row_kind(row: Json) -> str:
+    """What a row of JSON lines is: one of ``chats``, ``pairs``, ``text``."""
+    if isinstance(row, dict):
+        if any(isinstance(row.get(key), list) for key in CHAT_KEYS):
+            return "chats"
+        if any(set(pair) <= row.keys() for pair in PAIR_KEYS):
+            return "pairs"
+    return "text"
+
+
 @dataclass(frozen=True)
 class Calibration:
-    """What AWQ looks at.
+    """What AWQ and the importance matrix look at.
 
     Attributes:
         text: name or file of the calibration text.
-        samples: sequences taken from it, spread evenly.
+        samples: sequences taken from it.
         length: tokens of each.
         column: the text's column, if the file has several.
+        seed: of the choice of sequences; None to spread them evenly.
     """
 
     text: str = "stdlib-docstrings"
     samples: int = 16
     length: int = 512
     column: str | None = None
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be cut.
@@ -292,6 +323,25 @@ class Calibration:
         """
         if self.samples < 1 or self.length < 8:
             raise UsageError("calibration needs at least 1 sample of at least 8 tokens")
+
+
+@dataclass(frozen=True)
+class AwqOptions:
+    """How scales are found and kept.
+
+    Attributes:
+        backend: ``ggufkit``, or ``autoawq`` for AutoAWQ's own search.
+        dtype: what changed tensors are stored in. ``keep``: their own dtype; if
+            that has 16 bits, scales are powers of two, which lose nothing there.
+            ``f16`` or ``f32``: any scales. ``auto``: ``keep``, but ``f16`` for
+            what is only converted and has 16 bits; BF16's 8 significant bits
+            would show, F16's 11 do not.
+        scales: a scales file to fold in, instead of searching.
+    """
+
+    backend: str = "ggufkit"
+    dtype: str = "auto"
+    scales: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -307,7 +357,9 @@ class AwqResult:
         groups: sets of scales searched.
         groups_left_alone: sets for which identity was best.
         objective_ratio: squared error of the outputs with scales, relative to
-            that without; summed over all groups.
+            that without; summed over all groups. None if nothing was searched.
+        divergence: mean KL divergence of the folded model from the original on
+            held-back text, nats per token, in float32.
         seconds: time of the search (of the original run when reused).
         reused: whether the scales were there already.
     """
@@ -319,7 +371,8 @@ class AwqResult:
     tokens: int
     groups: int
     groups_left_alone: int
-    objective_ratio: float
+    objective_ratio: float | None
+    divergence: float
     seconds: float
     reused: bool
 
@@ -329,19 +382,20 @@ class DemoResult:
     """What ``demo`` made and measured.
 
     Attributes:
-        files: F32, plain Q4_0 and AWQ Q4_0, in this order.
+        files: F32, plain Q4_0, Q4_0 with AWQ, and with AWQ and imatrix.
         measured: their perplexities, in the same order.
-        recovered: share of the loss of plain Q4_0 that AWQ wins back, 0 to 1;
-            perplexity differences, on a text that AWQ has not seen.
+        recovered: for the last two, the share of the loss of plain Q4_0 that is
+            won back, 0 to 1; perplexity differences, on a text that AWQ has not
+            seen.
         calibration: name of the text that AWQ looked at.
-        question: what the AWQ model was asked.
+        question: what the last model was asked.
         answer: what it said.
         modelfile: the Ollama Modelfile for it.
     """
 
     files: tuple[QuantizeResult, ...]
     measured: tuple[EvalResult, ...]
-    recovered: float
+    recovered: tuple[float, ...]
     calibration: str
     question: str
     answer: str

@@ -1,7 +1,7 @@
 """Streaming access to the tensors of a checkpoint, one at a time."""
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, BinaryIO, Self
+from typing import TYPE_CHECKING, BinaryIO, Self
 
 from ggufkit.checkpoint.index import CheckpointIndex, TensorEntry
 from ggufkit.errors import CheckpointError, IntegrityError
@@ -64,21 +64,22 @@ def read_tensor(file: BinaryIO, entry: TensorEntry) -> "torch.Tensor":
 
 
 class TensorReader:
-    """Reads tensors by name through memory maps that stay open.
+    """Reads tensors by name; the shards' files stay open meanwhile.
 
-    Use it as a context manager. Only pages that are touched take memory.
+    Use it as a context manager. Each tensor has memory of its own, which is
+    free again when the tensor is.
 
     Args:
         index: the checkpoint to read.
 
     Raises:
-        CheckpointError: the weights are pickled, so nothing can be mapped.
+        CheckpointError: the weights are pickled.
     """
 
     def __init__(self, index: CheckpointIndex) -> None:
         require_safetensors(index)
         self.index = index
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, BinaryIO] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -108,11 +109,8 @@ class TensorReader:
         Raises:
             KeyError: there is no tensor of that name.
         """
-        from safetensors import safe_open
-
-        shard = self.index.tensors[name].shard
-        if shard not in self._files:
-            opened = safe_open(self.index.path / shard, framework="pt", device="cpu")
-            self._files[shard] = self._stack.enter_context(opened)
-        tensor: torch.Tensor = self._files[shard].get_tensor(name)
-        return tensor
+        entry = self.index.tensors[name]
+        if entry.shard not in self._files:
+            opened = (self.index.path / entry.shard).open("rb")
+            self._files[entry.shard] = self._stack.enter_context(opened)
+        return read_tensor(self._files[entry.shard], entry)

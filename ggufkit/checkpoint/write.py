@@ -5,6 +5,7 @@ and shapes alone, so memory holds one tensor at a time.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ def write_checkpoint(
     out_dir: Path,
     replace: Mapping[str, "Callable[[torch.Tensor], torch.Tensor]"],
     *,
+    dtypes: Mapping[str, str] | None = None,
     add: "Mapping[str, torch.Tensor] | None" = None,
     drop_config_keys: Iterable[str] = ("quantization_config",),
     config_changes: Mapping[str, Json] | None = None,
@@ -35,7 +37,7 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint with some tensors replaced, all else as it was.
 
-    Shard names, dtypes, tensor order and metadata stay; tokenizer, templates,
+    Shard names, tensor order and metadata stay, and dtypes unless asked; tokenizer, templates,
     licence and model card are copied byte for byte, and so is ``config.json``
     unless a key of it changes.
 
@@ -43,8 +45,8 @@ def write_checkpoint(
         index: the original.
         out_dir: where to write; made if missing.
         replace: tensor name to a function that takes the original tensor (in
-            its dtype) and gives one of the same shape; the result is stored in
-            the original dtype.
+            its dtype) and gives one of the same shape.
+        dtypes: replaced tensors that are stored in another dtype than before.
         add: further tensors, appended to the last shard in their own dtype.
         drop_config_keys: keys to leave out of ``config.json``.
         config_changes: keys of ``config.json`` to set.
@@ -68,7 +70,9 @@ def write_checkpoint(
         done = 0
         for shard in index.shards:
             extra = added if shard == index.shards[-1] else {}
-            done = _write_shard(index, shard, out_dir / shard, replace, extra, task, done)
+            done = _write_shard(
+                index, shard, out_dir / shard, replace, dtypes or {}, extra, task, done
+            )
     if added and (index.path / SHARD_INDEX).is_file():
         _extend_shard_index(out_dir / SHARD_INDEX, index.shards[-1], added)
 
@@ -101,18 +105,23 @@ def _write_shard(
     shard: str,
     target: Path,
     replace: Mapping[str, "Callable[[torch.Tensor], torch.Tensor]"],
+    dtypes: Mapping[str, str],
     added: "Mapping[str, torch.Tensor]",
     task: Task,
     done: int,
 ) -> int:
     entries = index.of_shard(shard)
-    rows = [(e.name, e.dtype, e.shape, e.nbytes) for e in entries]
+    rows = []
+    for e in entries:
+        dtype = dtypes.get(e.name, e.dtype) if e.name in replace else e.dtype
+        rows.append((e.name, dtype, e.shape, math.prod(e.shape) * torch_dtypes()[dtype].itemsize))
     rows += [(n, _dtype_name(t), tuple(t.shape), t.nbytes) for n, t in added.items()]
     with target.open("wb") as out, (index.path / shard).open("rb") as original:
         out.write(safetensors_header(rows, index.metadata[shard]))
         for entry in entries:
             if entry.name in replace:
-                _write_tensor(out, _replaced(original, entry, replace[entry.name]))
+                dtype = dtypes.get(entry.name, entry.dtype)
+                _write_tensor(out, _replaced(original, entry, replace[entry.name], dtype))
             else:
                 _copy_bytes(original, out, entry)
             done += entry.nbytes
@@ -123,17 +132,18 @@ def _write_shard(
 
 
 def _replaced(
-    original: BinaryIO, entry: TensorEntry, function: "Callable[[torch.Tensor], torch.Tensor]"
+    original: BinaryIO,
+    entry: TensorEntry,
+    function: "Callable[[torch.Tensor], torch.Tensor]",
+    dtype: str,
 ) -> "torch.Tensor":
-    tensor = read_tensor(original, entry)
-    dtype = tensor.dtype
-    result = function(tensor)
+    result = function(read_tensor(original, entry))
     if tuple(result.shape) != entry.shape:
         raise ValueError(f"'{entry.name}' was {entry.shape}, is {tuple(result.shape)}")
-    result = result.to(dtype)
+    result = result.to(torch_dtypes()[dtype])
     if result.is_floating_point() and not bool(result.isfinite().all()):
         raise CheckpointError(
-            f"Tensor '{entry.name}' holds values that are not finite in {entry.dtype}",
+            f"Tensor '{entry.name}' holds values that are not finite in {dtype}",
             "The original weights may be damaged; otherwise use a checkpoint in BF16 or F32",
         )
     return result

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import click
 
-from ggufkit.cli.options import calibration_options, fetch_options
+from ggufkit.cli.options import awq_options, calibration_options, fetch_options
 from ggufkit.cli.session import Session, json_option, pass_session
-from ggufkit.values import AwqResult, Calibration, FetchOptions
+from ggufkit.values import AwqOptions, AwqResult, Calibration, FetchOptions
 
 
 @click.command("awq")
@@ -25,6 +25,12 @@ from ggufkit.values import AwqResult, Calibration, FetchOptions
     show_default=True,
     help="Quantization type that the scales are searched for.",
 )
+@awq_options
+@click.option(
+    "--imatrix",
+    is_flag=True,
+    help="Search for use with an importance matrix, and write it to awq/imatrix.gguf.",
+)
 @calibration_options
 @fetch_options
 @json_option
@@ -34,6 +40,8 @@ def command(
     model: str,
     out: Path,
     type: str,
+    awq_options: AwqOptions,
+    imatrix: bool,
     calibration: Calibration,
     fetch: FetchOptions,
     as_json: bool,
@@ -49,6 +57,8 @@ def command(
         model,
         out=out,
         type=type,
+        awq_options=awq_options,
+        imatrix=imatrix,
         calibration=calibration,
         models_dir=session.models_dir,
         fetch=fetch,
@@ -59,10 +69,20 @@ def command(
 
 def _print(session: Session, result: AwqResult) -> None:
     session.console.print(f"[bold]{result.path}[/]", soft_wrap=True)
+    won = ""
+    if result.objective_ratio is not None:
+        won = (
+            f"output error {100 * result.objective_ratio:.0f} % of plain rounding's on "
+            f"{result.tokens} tokens of {result.calibration}; "
+        )
     session.console.print(
-        f"  scales for {result.type}: output error {100 * result.objective_ratio:.0f} % of plain "
-        f"rounding's on {result.tokens} tokens of {result.calibration}; "
+        f"  scales for {result.type}: {won}"
         f"{result.groups_left_alone} of {result.groups} groups left alone; "
         + ("reused" if result.reused else f"{result.seconds:.1f} s"),
+        soft_wrap=True,
+    )
+    session.console.print(
+        f"  same function: mean KL divergence {result.divergence:.1e} nats per token on "
+        "held-back text",
         soft_wrap=True,
     )

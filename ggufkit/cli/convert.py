@@ -4,9 +4,9 @@ from pathlib import Path
 
 import click
 
-from ggufkit.cli.options import calibration_options, fetch_options, out_option
+from ggufkit.cli.options import awq_options, calibration_options, fetch_options, out_option
 from ggufkit.cli.session import Session, json_option, pass_session
-from ggufkit.values import Calibration, FetchOptions
+from ggufkit.values import AwqOptions, Calibration, FetchOptions
 
 
 @click.command("convert")
@@ -21,6 +21,15 @@ from ggufkit.values import Calibration, FetchOptions
     help="Quantization type, such as q4_0, q5_k_m, q8_0, f16; may be given many times.",
 )
 @click.option("--awq", is_flag=True, help="Fold in activation-aware scales, searched per type.")
+@awq_options
+@click.option(
+    "--imatrix",
+    metavar="auto|FILE",
+    help="Quantize with an importance matrix: auto makes one of the calibration text.",
+)
+@click.option(
+    "--guard", is_flag=True, help="Keep plain files where they are better on held-back text."
+)
 @calibration_options
 @click.option("--keep-intermediate", is_flag=True, help="Keep the float GGUF.")
 @out_option
@@ -32,6 +41,9 @@ def command(
     model: str,
     types: tuple[str, ...],
     awq: bool,
+    awq_options: AwqOptions,
+    imatrix: str | None,
+    guard: bool,
     calibration: Calibration,
     keep_intermediate: bool,
     out: Path | None,
@@ -50,6 +62,9 @@ def command(
         model,
         types=types,
         awq=awq,
+        awq_options=awq_options,
+        imatrix="auto" if imatrix == "auto" else Path(imatrix) if imatrix else None,
+        guard=guard,
         out=out,
         calibration=calibration,
         keep_intermediate=keep_intermediate,

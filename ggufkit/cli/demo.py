@@ -31,7 +31,7 @@ def _print(session: Session, result: DemoResult) -> None:
         table.add_column(title, justify="right")
     for file, told in zip(result.files, result.measured, strict=True):
         table.add_row(
-            f"{file.type} with AWQ" if file.awq else file.type,
+            file.label,
             nbytes_text(file.nbytes),
             f"{file.bits_per_weight_asked:.2f}",
             f"{file.bits_per_weight:.2f}",
@@ -40,10 +40,11 @@ def _print(session: Session, result: DemoResult) -> None:
         )
     console.print(table)
     told = result.measured[0]
+    awq, both = (f"{100 * share:.0f} %" for share in result.recovered)
     console.print(
-        f"AWQ wins back {100 * result.recovered:.0f} % of what Q4_0 loses, at the same size. "
-        f"It looked at {result.calibration}; measured on {told.text}, {told.tokens} tokens that "
-        "it never saw."
+        f"Of what Q4_0 loses, AWQ wins back {awq}, and {both} together with the importance "
+        f"matrix that its pass yields, at the same size. It looked at {result.calibration}; "
+        f"measured on {told.text}, {told.tokens} tokens that it never saw."
     )
     for note in dict.fromkeys(note for file in result.files for note in file.notes):
         console.print(f"note: {note}")

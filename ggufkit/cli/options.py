@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import click
 
-from ggufkit.values import Calibration, FetchOptions
+from ggufkit.values import AwqOptions, Calibration, FetchOptions
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -47,7 +47,7 @@ def fetch_options(command: _Command) -> _Command:
 
 
 def calibration_options(command: _Command) -> _Command:
-    """Options that say what AWQ looks at; the command gets ``calibration``."""
+    """Options that say what is looked at; the command gets ``calibration``."""
     default = Calibration()
 
     def wrapped(*args: Any, **given: Any) -> Any:
@@ -56,6 +56,7 @@ def calibration_options(command: _Command) -> _Command:
             given.pop("calibration_samples"),
             given.pop("calibration_length"),
             given.pop("column"),
+            given.pop("seed"),
         )
         return command(*args, calibration=calibration, **given)
 
@@ -67,7 +68,7 @@ def calibration_options(command: _Command) -> _Command:
             metavar="TEXT",
             default=default.text,
             show_default=True,
-            help="Text that AWQ looks at: a name or a file.",
+            help="Text that AWQ and --imatrix auto look at: a name or a file, chats included.",
         ),
         click.option(
             "--calibration-samples",
@@ -84,6 +85,41 @@ def calibration_options(command: _Command) -> _Command:
             help="Tokens of each sequence.",
         ),
         click.option("--column", help="Column of a parquet, arrow or jsonl text."),
+        click.option("--seed", type=int, help="Choose sequences by chance, not evenly."),
+    )
+
+
+def awq_options(command: _Command) -> _Command:
+    """Options that say how scales are found and kept; the command gets ``awq_options``."""
+    default = AwqOptions()
+
+    def wrapped(*args: Any, **given: Any) -> Any:
+        options = AwqOptions(
+            given.pop("awq_backend"), given.pop("awq_dtype") or default.dtype, given.pop("scales")
+        )
+        return command(*args, awq_options=options, **given)
+
+    return _decorate(
+        wrapped,
+        command,
+        click.option(
+            "--scales",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="Fold in the scales of this file instead of searching.",
+        ),
+        click.option(
+            "--awq-backend",
+            type=click.Choice(["ggufkit", "autoawq"]),
+            default=default.backend,
+            show_default=True,
+            help="Whose search finds the scales.",
+        ),
+        click.option(
+            "--awq-dtype",
+            type=click.Choice(["keep", "f16", "f32"]),
+            help="How changed tensors are stored. With keep and 16 bits scales are powers of "
+            "two, which lose nothing.  [default: keep; f16 for converting 16 bits]",
+        ),
     )
 
 

@@ -13,10 +13,9 @@ if TYPE_CHECKING:
 def print_quantized(console: "Console", results: Sequence[QuantizeResult]) -> None:
     """One line for each file: asked, got, fallbacks, size, seconds."""
     for row in results:
-        what = f"{row.type} with AWQ" if row.awq else row.type
         console.print(f"[bold]{row.path}[/]", soft_wrap=True)
         console.print(
-            f"  {what}: {row.bits_per_weight_asked:.2f} bits per weight asked, "
+            f"  {row.label}: {row.bits_per_weight_asked:.2f} bits per weight asked, "
             f"{row.bits_per_weight:.2f} got; {_fallbacks(row)}; "
             f"{nbytes_text(row.nbytes)}; " + ("reused" if row.reused else f"{row.seconds:.1f} s"),
             soft_wrap=True,

@@ -6,6 +6,7 @@ containers are therefore read properly here, or refused.
 """
 
 import ast
+import contextlib
 import difflib
 import hashlib
 import json
@@ -22,7 +23,7 @@ from typing import Any
 from ggufkit import settings
 from ggufkit.errors import IntegrityError, SourceError, UsageError
 from ggufkit.progress import SILENT, Progress
-from ggufkit.values import Text
+from ggufkit.values import Text, row_kind
 
 _ARROW_MAGIC = (b"PAR1", b"ARROW1", b"FEA1", b"\xff\xff\xff\xff")
 _OTHER_MAGIC = {
@@ -95,6 +96,46 @@ def load_text(
     if not content.strip():
         raise SourceError(f"{spec} has no text in it", "Give a text of some thousand words")
     return _write(spec, content, source, texts)
+
+
+def load_calibration(
+    spec: str,
+    *,
+    column: str | None = None,
+    text_dir: Path | None = None,
+    cache: Path,
+    progress: Progress = SILENT,
+) -> Text:
+    """Get a text to calibrate on: as :func:`load_text`, but chats are left as they are.
+
+    JSON lines of chats, or of questions and answers, keep their rows, because
+    only the model's own template can make a text of them.
+    """
+    path = Path(spec).expanduser()
+    if spec not in BUILT_IN and not column and path.suffix.lower() in _JSON_SUFFIXES[:2]:
+        first = next(_lines(path), "") if path.is_file() else ""
+        with contextlib.suppress(ValueError):
+            if row_kind(json.loads(first)) != "text":
+                raw = path.read_bytes()
+                return Text(spec, hashlib.sha256(raw).hexdigest(), path, len(raw), str(path))
+    return load_text(spec, column=column, text_dir=text_dir, cache=cache, progress=progress)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        yield from (line for line in file if line.strip())
+
+
+def keep_text(name: str, content: str, source: str, cache: Path) -> Text:
+    """Make a text file of something said in memory.
+
+    Args:
+        name: what to call it.
+        content: the text.
+        source: where it came from, in words.
+        cache: it is written to ``texts/<digest16>.txt`` in it.
+    """
+    return _write(name, content, source, cache / "texts")
 
 
 def read_file(path: Path, column: str | None = None) -> str:

@@ -5,9 +5,12 @@ is asked for only by work that has to be done.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ggufkit import settings
 from ggufkit.checkpoint.index import CheckpointIndex
@@ -19,9 +22,28 @@ from ggufkit.progress import Progress
 from ggufkit.store import Store
 from ggufkit.values import Artifact, Checkpoint, Json, QuantizeResult, QuantRecipe
 
+if TYPE_CHECKING:
+    from ggufkit.quantize.imatrix import Floats
+
 _CONVERT_VERSION = 1
-_PLAN_VERSION = 1
+_PLAN_VERSION = 2
 _QUANTIZE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """What becomes of a tensor of a checkpoint.
+
+    Attributes:
+        gguf_names: its name in the GGUF, or several if the converter splits it;
+            the experts of a block share one.
+        type: ggml type that llama-quantize will give it, such as ``q5_K``; empty
+            if it leaves the tensor as it is.
+    """
+
+    gguf_names: tuple[str, ...]
+    type: str
+
 
 _OUTTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 """The intermediate keeps the checkpoint's precision: it must lose nothing."""
@@ -40,6 +62,8 @@ def convert(
     scales: Artifact | None,
     fold: Callable[[Path], None] | None,
     progress: Progress,
+    *,
+    outtype: str | None = None,
 ) -> Artifact:
     """Convert a checkpoint, as it is or with scales folded in, to a float GGUF.
 
@@ -51,9 +75,11 @@ def convert(
         scales: the scales folded in, or None.
         fold: writes the folded checkpoint into a directory; None without scales.
         progress: told how far it is.
+        outtype: the converter's output type; None or empty for the one that
+            loses nothing of the checkpoint.
     """
     suffix = "-awq" if scales else ""
-    outtype = outtype_of(index)
+    outtype = outtype or outtype_of(index)
 
     def work(directory: Path) -> dict[str, Json]:
         source = _named(directory, checkpoint)
@@ -98,9 +124,17 @@ def _named(directory: Path, checkpoint: Checkpoint) -> Path:
     return link
 
 
+_SCALES = "scales.safetensors"
+
+
+def scales_file(scales: Artifact) -> Path:
+    """The file of scales in an artifact."""
+    return scales.path / _SCALES
+
+
 def scales_digest(scales: Artifact | None) -> str:
     """What identifies scales in a stage's inputs; empty without scales."""
-    return scales.manifest.outputs["scales.safetensors"].sha256 if scales else ""
+    return scales.manifest.outputs[_SCALES].sha256 if scales else ""
 
 
 def plan(
@@ -110,14 +144,17 @@ def plan(
     index: CheckpointIndex,
     type: str,
     progress: Progress,
-) -> dict[str, str]:
+    *,
+    imatrix: bool = False,
+) -> dict[str, PlannedTensor]:
     """Ask llama-quantize which ggml type each tensor of a checkpoint will get.
 
     The question is put to ``--dry-run`` with a GGUF of the right names, shapes
-    and metadata but no data, so it costs no conversion.
+    and metadata but no data, so it costs no conversion. With an importance
+    matrix llama-quantize mixes otherwise, whatever the matrix says.
 
     Returns:
-        Checkpoint tensor name to ggml type, such as ``q5_K``.
+        What becomes of each tensor, by its name in the checkpoint.
     """
     inputs = {"checkpoint": checkpoint.digest}
     tool = {"llama.cpp": build.commit}
@@ -147,23 +184,24 @@ def plan(
             progress=progress,
         )
         names = _gguf_names(vocab.file(".gguf"), index)
-        shapes = [
-            (name, tuple(reversed(index.tensors[hf].shape)), _skeleton_type(index, hf))
-            for hf, name in names.items()
-        ]
         skeleton = directory / ".skeleton.gguf"
-        write_skeleton(vocab.file(".gguf"), skeleton, shapes)
-        told = toolchain.quantize(
+        tensors = _skeleton_tensors(index, names)
+        write_skeleton(vocab.file(".gguf"), skeleton, tensors)
+        level = directory / ".level-imatrix.gguf"
+        if imatrix:
+            _write_level_imatrix(level, tensors)
+        ran = toolchain.quantize(
             build,
             skeleton.absolute(),
             skeleton.absolute(),
             type,
+            imatrix=level if imatrix else None,
             dry_run=True,
             threads=settings.threads(),
             log=store.log("quantize"),
         )
-        types = {tensor.name: tensor.type for tensor in told.tensors}
-        planned = {hf: types[name] for hf, name in names.items() if name in types}
+        types = {tensor.name: tensor.type for tensor in ran.tensors}
+        planned = {hf: [told, types.get(told[0], "")] for hf, told in names.items()}
         (directory / "plan.json").write_text(json.dumps(planned, indent=1), encoding="utf-8")
         return {}
 
@@ -172,34 +210,98 @@ def plan(
         version=_PLAN_VERSION,
         model=checkpoint.name,
         inputs=inputs,
-        options={"type": type},
+        options={"type": type, "imatrix": imatrix},
         tool=tool,
         work=write_plan,
         progress=progress,
     )
-    planned: dict[str, str] = json.loads(artifact.file(".json").read_text(encoding="utf-8"))
-    return planned
+    planned = json.loads(artifact.file(".json").read_text(encoding="utf-8"))
+    return {hf: PlannedTensor(tuple(told), type) for hf, (told, type) in planned.items()}
 
 
-def _skeleton_type(index: CheckpointIndex, name: str) -> str:
-    return "F32" if len(index.tensors[name].shape) == 1 else "F16"
+_EXPERT_NUMBER = re.compile(r"\.experts\.(\d+)\.")
 
 
-def _gguf_names(vocab: Path, index: CheckpointIndex) -> dict[str, str]:
-    """GGUF names of the checkpoint's tensors, as the converter gives them."""
+_SPLIT = {"attention.wqkv.weight": ("attn_q.weight", "attn_k.weight", "attn_v.weight")}
+"""What the converter takes apart, by the ends of names (InternLM2)."""
+
+
+def _gguf_names(vocab: Path, index: CheckpointIndex) -> dict[str, tuple[str, ...]]:
+    """GGUF names of the checkpoint's tensors, as the converter gives them.
+
+    The maps of all experts become one tensor, so they have one name.
+    """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     architecture = read_gguf(vocab, arrays=False).metadata["general.architecture"]
     arch = next((a for a, name in MODEL_ARCH_NAMES.items() if name == architecture), None)
     if arch is None:
         raise CheckpointError(f"the gguf package does not know the architecture '{architecture}'")
-    names = get_tensor_name_map(arch, int(index.config["num_hidden_layers"]))
-    found = {}
+    blocks = int(index.config.get("num_hidden_layers") or index.config["n_layer"])
+    names = get_tensor_name_map(arch, blocks)
+    found: dict[str, tuple[str, ...]] = {}
     for name in index.tensors:
-        mapped = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        together = _EXPERT_NUMBER.sub(".experts.", name)
+        mapped = names.get_name(together, try_suffixes=(".weight", ".bias"))
         if mapped and not (name == "lm_head.weight" and index.config.get("tie_word_embeddings")):
-            found[name] = mapped
+            found[name] = (mapped,)
+        for end, parts in _SPLIT.items():
+            if name.endswith(end):
+                block = next(p for p in name.split(".") if p.isdigit())
+                found[name] = tuple(f"blk.{block}.{part}" for part in parts)
     return found
+
+
+def _skeleton_tensors(
+    index: CheckpointIndex, names: Mapping[str, tuple[str, ...]]
+) -> list[tuple[str, tuple[int, ...], str]]:
+    """Name, shape (columns first) and type of each tensor of the GGUF to come."""
+    members: dict[str, list[str]] = {}
+    for hf, told in names.items():
+        members.setdefault(told[0], []).append(hf)
+    # GPT-2 keeps its linear maps as (inputs, outputs), the others the other way round.
+    transposed = "GPT2LMHeadModel" in index.architectures
+    tensors = []
+    for name, parts in members.items():
+        shape = index.tensors[parts[0]].shape
+        columns_first = shape if transposed and _is_map(parts[0]) else tuple(reversed(shape))
+        if _EXPERT_NUMBER.search(parts[0]):
+            columns_first = (*columns_first, len(parts))
+        tensors.append((name, columns_first, "F32" if len(shape) == 1 else "F16"))
+    return tensors
+
+
+def _is_map(name: str) -> bool:
+    return ".h." in name or name.startswith("h.")
+
+
+def _write_level_imatrix(path: Path, tensors: list[tuple[str, tuple[int, ...], str]]) -> None:
+    """An importance matrix for which all inputs are alike."""
+    import numpy as np
+
+    from ggufkit.quantize.imatrix import write_imatrix
+
+    entries = {
+        name: [(np.ones(shape[0], np.float32), 1)] * (shape[2] if len(shape) > 2 else 1)
+        for name, shape, _ in tensors
+        if len(shape) > 1
+    }
+    write_imatrix(path, entries, dataset="", chunk_tokens=1, chunks=1)
+
+
+def imatrix_entries(
+    planned: "Mapping[str, PlannedTensor]", squares: "Mapping[str, tuple[Floats, int]]"
+) -> "dict[str, list[tuple[Floats, int]]]":
+    """Entries of an importance matrix by GGUF name, from those by checkpoint name.
+
+    Experts of one GGUF tensor are put in the order of their numbers.
+    """
+    entries: dict[str, dict[int, tuple[Floats, int]]] = {}
+    for name, seen in squares.items():
+        number = _EXPERT_NUMBER.search(name)
+        for gguf_name in planned[name].gguf_names if name in planned else ():
+            entries.setdefault(gguf_name, {})[int(number[1]) if number else 0] = seen
+    return {name: [parts[n] for n in sorted(parts)] for name, parts in entries.items()}
 
 
 def quantize(
@@ -269,15 +371,15 @@ def quantize(
     )
 
 
-def result_of(
-    artifact: Artifact, path: Path, awq: bool, notes: tuple[str, ...] = ()
-) -> QuantizeResult:
+def result_of(artifact: Artifact, path: Path, notes: tuple[str, ...] = ()) -> QuantizeResult:
     """The row to report for a quantize artifact, its file shown at ``path``."""
     facts = artifact.manifest.facts
+    recipe = artifact.manifest.options["recipe"]
     return QuantizeResult(
         path=path,
-        type=artifact.manifest.options["recipe"]["type"],
-        awq=awq,
+        type=recipe["type"],
+        awq=bool(artifact.manifest.inputs.get("scales")),
+        imatrix=bool(recipe["imatrix"]),
         bits_per_weight_asked=facts["bits_per_weight_asked"],
         bits_per_weight=facts["bits_per_weight"],
         fallbacks=facts["fallbacks"],

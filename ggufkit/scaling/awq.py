@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING
 from ggufkit.checkpoint.index import CheckpointIndex
 from ggufkit.llamacpp.ggml import Ggml
 from ggufkit.progress import Progress
-from ggufkit.scaling.families import Family, Group
-from ggufkit.scaling.fold import block_count, read_scales, scale_name, sharing, write_scales
+from ggufkit.scaling.families import Family
+from ggufkit.scaling.fold import read_scales, write_scales
+from ggufkit.scaling.groups import BlockGroup, block_count
+from ggufkit.scaling.importance import IMPORTANCE_FILE, read_importance, write_importance
 from ggufkit.scaling.search import Found, GroupObjective, search_group
-from ggufkit.scaling.statistics import BlockVisit, visit_blocks
+from ggufkit.scaling.statistics import BlockVisit, InputSquares, visit_blocks
 from ggufkit.values import Json
 
 if TYPE_CHECKING:
@@ -32,12 +34,18 @@ class Job:
     """One search: where its scales go and which types its tensors will get.
 
     Attributes:
-        directory: takes ``scales.safetensors``, and scratch while at work.
+        directory: takes ``scales.safetensors`` and ``importance.safetensors``,
+            and scratch while at work.
         plan: checkpoint tensor name to ggml type, for the tensors quantized.
+        importance: whether they will be quantized with an importance matrix.
+        exact: whether scales have to be powers of two, which fold into 16-bit
+            floats without rounding.
     """
 
     directory: Path
     plan: Mapping[str, str]
+    importance: bool = False
+    exact: bool = False
 
 
 def search_scales(
@@ -49,7 +57,7 @@ def search_scales(
     progress: Progress,
     *,
     trust_remote_code: bool = False,
-) -> dict[str, Json]:
+) -> dict[str, dict[str, Json]]:
     """Search scales for all jobs in one pass over the calibration sequences.
 
     Args:
@@ -66,7 +74,7 @@ def search_scales(
         and with scales, the number of groups and of those left alone.
     """
     blocks = block_count(index)
-    workers = [_Worker(index, family, job, ggml) for job in jobs]
+    workers = [_Worker(family, job, ggml) for job in jobs]
     with progress.task("AWQ search", blocks, "blocks") as task:
 
         def visit(block: BlockVisit) -> None:
@@ -80,6 +88,7 @@ def search_scales(
             family,
             sequences,
             visit,
+            scratch=jobs[0].directory,
             wanted=lambda number: not all(w.has(number) for w in workers),
             trust_remote_code=trust_remote_code,
         )
@@ -89,60 +98,55 @@ def search_scales(
 class _Worker:
     """One job's search, block by block."""
 
-    def __init__(self, index: CheckpointIndex, family: Family, job: Job, ggml: Ggml) -> None:
+    def __init__(self, family: Family, job: Job, ggml: Ggml) -> None:
         self.job = job
-        self._index = index
         self._family = family
         self._ggml = ggml
         self._scratch = job.directory / ".blocks"
         self._scratch.mkdir(parents=True, exist_ok=True)
 
-    def _block_file(self, number: int, suffix: str = ".safetensors") -> Path:
-        return self._scratch / f"{number:05d}{suffix}"
+    def _block_file(self, number: int, what: str) -> Path:
+        return self._scratch / f"{number:05d}.{what}"
 
     def has(self, number: int) -> bool:
-        return self._block_file(number).exists()
+        return self._block_file(number, SCALES_FILE).exists()
 
     def search(self, visit: BlockVisit) -> None:
-        scales = {}
-        losses = []
-        for group in self._family.groups:
+        scales, losses = {}, []
+        for group in visit.groups:
             found = self._search_group(visit, group)
             losses.append([found.loss_plain, found.loss])
-            shared = sharing(self._index, group)
-            scales[scale_name(self._family, visit.number, group)] = (
-                found.scales if shared is None else _per_producer(found.scales, shared)
-            )
-        self._block_file(visit.number, ".json").write_text(json.dumps(losses), encoding="utf-8")
-        scratch = self._block_file(visit.number, ".tmp")
+            scales[group.name] = found.scales
+        self._block_file(visit.number, "json").write_text(json.dumps(losses), encoding="utf-8")
+        write_importance(self._block_file(visit.number, IMPORTANCE_FILE), visit.squares())
+        scratch = self._block_file(visit.number, "tmp")
         write_scales(scratch, scales)
-        scratch.replace(self._block_file(visit.number))
+        scratch.replace(self._block_file(visit.number, SCALES_FILE))
 
-    def _search_group(self, visit: BlockVisit, group: Group) -> Found:
-        weights = [visit.weights[f"{consumer}.weight"] for consumer in group.consumers]
-        names = [self._family.tensor(visit.number, consumer) for consumer in group.consumers]
-        kinds = [self._ggml.type(self.job.plan.get(name, "f32")) for name in names]
-        statistics = visit.statistics[group.name]
-        objective = GroupObjective(self._ggml, weights, kinds, statistics.gram)
-        return search_group(objective, weights, statistics, sharing(self._index, group))
+    def _search_group(self, visit: BlockVisit, group: BlockGroup) -> Found:
+        weights = [visit.weights[name] for name in group.consumers]
+        if self._family.transposed:
+            weights = [w.T.contiguous() for w in weights]
+        kinds = [self._ggml.type(self.job.plan.get(name, "f32")) for name in group.consumers]
+        statistics = visit.statistics(group)
+        objective = GroupObjective(
+            self._ggml, weights, kinds, statistics.gram, importance=self.job.importance
+        )
+        return search_group(objective, weights, statistics, group, exact=self.job.exact)
 
     def finish(self, blocks: int) -> dict[str, Json]:
-        merged: dict[str, torch.Tensor] = {}
+        scales: dict[str, torch.Tensor] = {}
+        importance: dict[str, InputSquares] = {}
         losses: list[list[float]] = []
         for number in range(blocks):
-            merged |= read_scales(self._block_file(number))
-            losses += json.loads(self._block_file(number, ".json").read_text(encoding="utf-8"))
-        write_scales(self.job.directory / SCALES_FILE, merged)
+            scales |= read_scales(self._block_file(number, SCALES_FILE))
+            importance |= read_importance(self._block_file(number, IMPORTANCE_FILE))
+            losses += json.loads(self._block_file(number, "json").read_text(encoding="utf-8"))
+        write_scales(self.job.directory / SCALES_FILE, scales)
+        write_importance(self.job.directory / IMPORTANCE_FILE, importance)
         return {
             "objective_plain": math.fsum(plain for plain, _ in losses),
             "objective": math.fsum(loss for _, loss in losses),
             "groups": len(losses),
             "groups_left_alone": sum(plain == loss for plain, loss in losses),
         }
-
-
-def _per_producer(scales: "torch.Tensor", shared: "torch.Tensor") -> "torch.Tensor":
-    """One scale per output of the producer, from those of the consumers' inputs."""
-    import torch
-
-    return torch.empty(int(shared.max()) + 1).index_copy_(0, shared, scales)

@@ -1,107 +1,127 @@
 """Scales as a file, and their fold into a checkpoint.
 
 ``scales.safetensors`` holds one float32 vector per block and group, named
-``<blocks>.<number>.<group>``, with one value per output of the producer. Folding
-divides the producer's outputs and multiplies the consumers' columns, so the
-function of the model in real numbers is unchanged.
+``<blocks>.<block>.<group>``, with one value per scaled output of the producer.
+Folding divides the producer's outputs and multiplies the consumers' columns, so
+the function of the model in real numbers is unchanged.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ggufkit.checkpoint.index import CheckpointIndex
+from ggufkit.checkpoint.tensors import torch_dtypes
 from ggufkit.errors import IntegrityError
-from ggufkit.scaling.families import Family, Group
-from ggufkit.scaling.search import kv_head_sharing
+from ggufkit.scaling.families import Family
+from ggufkit.scaling.groups import BlockGroup, all_groups
 
 if TYPE_CHECKING:
     import torch
 
 Scales = Mapping[str, "torch.Tensor"]
-Replacement = Callable[["torch.Tensor"], "torch.Tensor"]
 
 
-def scale_name(family: Family, block: int, group: Group) -> str:
-    """The name of a group's scales in the file."""
-    return f"{family.blocks}.{block}.{group.name}"
+@dataclass
+class Change:
+    """What happens to one tensor: its outputs divided, its inputs multiplied.
 
-
-def block_count(index: CheckpointIndex) -> int:
-    """Number of blocks of the model."""
-    return int(index.config["num_hidden_layers"])
-
-
-def sharing(index: CheckpointIndex, group: Group) -> "torch.Tensor | None":
-    """Which scale each input of the group's consumers takes; None if its own.
-
-    Returns:
-        int64, shape (inputs,), or None.
+    Attributes:
+        dtype: what the result is stored in, by safetensors' name.
+        divide: one value per output, or None.
+        multiply: one value per input, or None.
+        transposed: whether the tensor is (inputs, outputs).
+        offset: what the model adds to it before use.
     """
-    if not group.per_kv_head:
-        return None
-    config = index.config
-    query_heads = int(config["num_attention_heads"])
-    kv_heads = int(config.get("num_key_value_heads") or query_heads)
-    head_dim = int(config.get("head_dim") or config["hidden_size"] // query_heads)
-    return kv_head_sharing(query_heads, kv_heads, head_dim)
+
+    dtype: str
+    divide: "torch.Tensor | None" = None
+    multiply: "torch.Tensor | None" = None
+    transposed: bool = False
+    offset: float = 0.0
+
+    def __call__(self, tensor: "torch.Tensor") -> "torch.Tensor":
+        """The tensor with its scales folded in, in ``dtype``."""
+        # In float64, so that the only rounding is that to the tensor's dtype.
+        folded = tensor.double() + self.offset
+        if self.divide is not None:
+            across = folded.ndim == 2 and not self.transposed
+            folded = folded / (self.divide[:, None] if across else self.divide)
+        if self.multiply is not None:
+            folded = folded * (self.multiply[:, None] if self.transposed else self.multiply)
+        return (folded - self.offset).to(torch_dtypes()[self.dtype])
 
 
-def replacements(index: CheckpointIndex, family: Family, scales: Scales) -> dict[str, Replacement]:
+def changes_of(
+    index: CheckpointIndex, family: Family, scales: Scales, dtype: str | None = None
+) -> dict[str, Change]:
     """What the fold does to each tensor, by tensor name.
 
     Tensors that no scale touches, or only ones, are left out: their bytes stay.
 
+    Args:
+        index: the checkpoint.
+        family: its family.
+        scales: what to fold in.
+        dtype: store changed tensors in this, such as ``F32``; None for their own.
+
     Raises:
         IntegrityError: if the scales do not belong to this checkpoint.
     """
-    divide: dict[str, torch.Tensor] = {}
-    multiply: dict[str, torch.Tensor] = {}
-    names = {scale_name(family, b, g) for b in range(block_count(index)) for g in family.groups}
-    if names != set(scales):
+    groups = all_groups(index, family)
+    if {g.name for g in groups} != set(scales):
         raise IntegrityError("the scales are not for this checkpoint: other blocks or groups")
-    for block in range(block_count(index)):
-        for group in family.groups:
-            scale = scales[scale_name(family, block, group)]
-            if bool((scale == 1).all()):
-                continue
-            shared = sharing(index, group)
-            for parameter in ("weight", "bias"):
-                name = family.tensor(block, group.producer, parameter)
-                if name in index.tensors:
-                    _check_length(index, name, 0, scale)
-                    divide[name] = scale
-            spread = scale if shared is None else scale[shared]
-            for consumer in group.consumers:
-                name = family.tensor(block, consumer)
-                _check_length(index, name, 1, spread)
-                multiply[name] = spread
-    return {
-        name: _replacement(divide.get(name), multiply.get(name)) for name in {*divide, *multiply}
-    }
+    changes: dict[str, Change] = {}
+    for group in groups:
+        scale = scales[group.name].double()
+        _check(group, scale)
+        if not bool((scale == 1).all()):
+            _add(changes, index, family, group, scale)
+    for change in changes.values():
+        # A norm that is kept as w - 1 loses digits when 1 + w is divided.
+        change.dtype = dtype or ("F32" if change.offset else change.dtype)
+    return changes
 
 
-def _check_length(index: CheckpointIndex, name: str, dimension: int, scale: "torch.Tensor") -> None:
-    shape = index.tensors[name].shape
-    if shape[dimension] != scale.shape[0]:
+def _add(
+    changes: dict[str, Change],
+    index: CheckpointIndex,
+    family: Family,
+    group: BlockGroup,
+    scale: "torch.Tensor",
+) -> None:
+    import torch
+
+    for name in (f"{group.producer}.weight", f"{group.producer}.bias"):
+        if name not in index.tensors:
+            continue
+        is_norm = len(index.tensors[f"{group.producer}.weight"].shape) == 1
+        change = changes.setdefault(name, Change(index.tensors[name].dtype))
+        change.transposed = family.transposed and len(index.tensors[name].shape) == 2
+        change.offset = family.norm_offset if is_norm else 0.0
+        if change.divide is None:
+            change.divide = torch.ones(group.outputs, dtype=torch.float64)
+        change.divide[slice(None) if group.rows is None else group.rows] *= scale
+    for name in group.consumers:
+        change = changes.setdefault(name, Change(index.tensors[name].dtype))
+        change.transposed = family.transposed
+        change.multiply = group.to_inputs(scale)
+
+
+def _check(group: BlockGroup, scale: "torch.Tensor") -> None:
+    if scale.shape != (group.width,):
         raise IntegrityError(
-            f"the scales are not for this checkpoint: {name} has shape {list(shape)}, "
-            f"its scales have length {scale.shape[0]}"
+            f"the scales are not for this checkpoint: {group.name} has {group.width} scales, "
+            f"the file {scale.shape[0] if scale.ndim else 1}"
         )
+    if not bool((scale.isfinite() & (scale > 0)).all()):
+        raise IntegrityError(f"the scales of {group.name} are not all positive numbers")
 
 
-def _replacement(divide: "torch.Tensor | None", multiply: "torch.Tensor | None") -> Replacement:
-    def fold(tensor: "torch.Tensor") -> "torch.Tensor":
-        # In float64, so that the only rounding is that to the tensor's dtype.
-        folded = tensor.double()
-        if divide is not None:
-            rows = divide.double()
-            folded = folded / (rows[:, None] if folded.ndim == 2 else rows)
-        if multiply is not None:
-            folded = folded * multiply.double()
-        return folded.to(tensor.dtype)
-
-    return fold
+def powers_of_two(scales: Scales) -> "dict[str, torch.Tensor]":
+    """The nearest powers of two, which fold into 16-bit floats without rounding."""
+    return {name: scale.log2().round().exp2() for name, scale in scales.items()}
 
 
 def write_scales(path: Path, scales: Scales) -> None:

@@ -6,8 +6,10 @@ change the expected squared error of the outputs to tr(ΔW G ΔWᵀ) with
 be written. One pass over the text gives G; no forward pass is repeated.
 
 Candidates are those of AWQ (Lin et al., 2023): s = E|x|^a / max|w|^b, with
-b = 0 or b = 1 - a, from a coarse grid and then finer around the best. Identity
-is always a candidate and wins ties, so no group ends worse on the objective.
+b = 0 or b = 1 - a, from a coarse grid and then finer around the best. For types
+that quantize slowly they are told apart on a sample of rows, and the best have
+to hold on all of them. Identity is always a candidate and wins ties, so no
+group ends worse on the objective.
 """
 
 from collections.abc import Sequence
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ggufkit.llamacpp.ggml import Ggml, GgmlType
+from ggufkit.scaling.groups import BlockGroup
 from ggufkit.scaling.statistics import GroupStatistics
 
 if TYPE_CHECKING:
@@ -24,6 +27,14 @@ COARSE = (0.2, 0.4, 0.6, 0.8, 1.0)
 """Exponents of the first round, for both kinds of candidates."""
 FINE_STEPS = (0.1, 0.05)
 """Half-widths of the following rounds around the best so far."""
+SHIFTS = (0.25, 0.5, 0.75)
+"""Where between two powers of two to round, as an exponent of two."""
+QUICK_TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
+"""Types that round without a search, unless there is an importance matrix."""
+SAMPLE_ROWS = 192
+"""Rows of a matrix on which candidates for slower types are told apart."""
+FINALISTS = 3
+"""How many of the best by sample are then tried on all rows."""
 _TINY = 1e-8
 
 
@@ -32,11 +43,11 @@ class Found:
     """Scales of a group and what they are worth.
 
     Attributes:
-        scales: float32, shape (inputs,); all ones if nothing was better.
-        loss_plain: objective without scales.
-        loss: objective with them; never above ``loss_plain``.
-        exponent: a of the winner; 0 for identity.
-        duo: whether the winner divides by max|w|^(1-a).
+        scales: float32, shape (scales,); all ones if nothing was better.
+        loss_plain: the objective with identity, on all rows.
+        loss: the objective with ``scales``, on all rows.
+        exponent: the a of the candidate; 0 for identity.
+        duo: whether it divides by max|w|^(1-a).
     """
 
     scales: "torch.Tensor"
@@ -44,6 +55,15 @@ class Found:
     loss: float
     exponent: float
     duo: bool
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some rows of one consumer, each standing for ``shares`` rows."""
+
+    weight: "torch.Tensor"
+    kind: GgmlType
+    shares: "torch.Tensor | None" = None
 
 
 class GroupObjective:
@@ -54,6 +74,8 @@ class GroupObjective:
         weights: float32 matrices of shape (outputs, inputs).
         kinds: the type that each of them will be stored in.
         gram: E[x xᵀ], float32, shape (inputs, inputs).
+        importance: whether they will be quantized with an importance matrix,
+            which is then E[x²] of the scaled input: diag(G) / s².
     """
 
     def __init__(
@@ -62,40 +84,98 @@ class GroupObjective:
         weights: Sequence["torch.Tensor"],
         kinds: Sequence[GgmlType],
         gram: "torch.Tensor",
+        *,
+        importance: bool = False,
     ) -> None:
         self._ggml = ggml
-        self._parts = [
-            (w.contiguous(), kind)
+        self._gram = gram
+        self._squares = gram.diagonal().clone() if importance else None
+        self._all = [
+            _Part(w.contiguous(), kind)
             for w, kind in zip(weights, kinds, strict=True)
             if kind.is_quantized
         ]
-        self._gram = gram
+        errors = [self._row_errors(part, None) for part in self._all]
+        self._sample = [
+            part if part.kind.name in QUICK_TYPES and not importance else _sampled(part, error)
+            for part, error in zip(self._all, errors, strict=True)
+        ]
+        self.plain = float(sum(e.sum(dtype=e.double().dtype) for e in errors))
+        """The objective of identity."""
 
     @property
     def idle(self) -> bool:
-        """Whether nothing of the group is quantized, so there is nothing to win."""
-        return not self._parts
+        """Whether there is nothing to win: nothing quantized, or no error."""
+        return not self.plain > 0
+
+    @property
+    def sampled(self) -> bool:
+        """Whether estimates come from some of the rows only."""
+        return any(part.shares is not None for part in self._sample)
+
+    def estimate(self, scales: "torch.Tensor | None") -> float:
+        """The objective for scales of each input, from the sampled rows."""
+        return self._sum(self._sample, scales)
 
     def __call__(self, scales: "torch.Tensor | None") -> float:
-        """The objective for some scales, shape (inputs,), or for none."""
+        """The objective for scales of each input, shape (inputs,), or for none."""
+        return self._sum(self._all, scales)
+
+    def _sum(self, parts: Sequence[_Part], scales: "torch.Tensor | None") -> float:
+        total = 0.0
+        for part in parts:
+            errors = self._row_errors(part, scales).double()
+            total += float((errors if part.shares is None else errors * part.shares).sum())
+        return total
+
+    def _row_errors(self, part: _Part, scales: "torch.Tensor | None") -> "torch.Tensor":
+        """Expected squared error of each output, shape (rows,)."""
         import torch
 
-        total = 0.0
-        for weight, kind in self._parts:
-            scaled = weight if scales is None else weight * scales
-            stored = torch.from_numpy(self._ggml.round_trip(kind, scaled.numpy()))
-            if scales is not None:
-                stored /= scales
-            error = stored.sub_(weight)
-            total += float((error @ self._gram).mul_(error).sum(dtype=torch.float64))
-        return total
+        weight = part.weight
+        scaled = weight if scales is None else weight * scales
+        squares = self._squares
+        if squares is not None and scales is not None:
+            squares = squares / scales.square()
+        stored = torch.from_numpy(
+            self._ggml.round_trip(
+                part.kind, scaled.numpy(), None if squares is None else squares.numpy()
+            )
+        )
+        error = (stored if scales is None else stored / scales) - weight
+        return (error @ self._gram).mul_(error).sum(1)
+
+
+def _sampled(part: _Part, errors: "torch.Tensor") -> _Part:
+    """Rows drawn in proportion to their error under plain rounding, half of it evenly.
+
+    A few rows often make most of the error; they are always in. Systematic
+    sampling without chance, so that the same model gives the same scales.
+    """
+    import torch
+
+    rows = len(errors)
+    if rows <= SAMPLE_ROWS:
+        return part
+    share = 0.5 + 0.5 * errors.double() / errors.double().mean().clamp(min=_TINY)
+    chance = share * (SAMPLE_ROWS / rows)
+    for _ in range(8):  # those that are always in leave less for the others
+        certain = chance >= 1
+        left = SAMPLE_ROWS - int(certain.sum())
+        chance = torch.where(certain, 1.0, share * (left / share[~certain].sum()))
+    chance = chance.clamp(max=1.0)
+    steps = (chance.cumsum(0) + 0.5).floor()
+    taken = (steps.diff(prepend=torch.zeros(1, dtype=steps.dtype)) > 0).nonzero()[:, 0]
+    return _Part(part.weight[taken].contiguous(), part.kind, 1 / chance[taken])
 
 
 def search_group(
     objective: GroupObjective,
     weights: Sequence["torch.Tensor"],
     statistics: GroupStatistics,
-    shared: "torch.Tensor | None" = None,
+    group: BlockGroup,
+    *,
+    exact: bool = False,
 ) -> Found:
     """Find the scales of one group.
 
@@ -103,35 +183,47 @@ def search_group(
         objective: judges the candidates.
         weights: the consumers' weights, float32, shape (outputs, inputs).
         statistics: of their input.
-        shared: for tied scales, the index of the scale of each input, int64,
-            shape (inputs,); None if each input has its own.
+        group: whose scales they are; inputs may share them.
+        exact: take powers of two only.
     """
     import torch
 
-    plain = objective(None)
-    best = Found(torch.ones_like(statistics.mean_abs), plain, plain, 0.0, False)
-    activation = _tie(statistics.mean_abs, shared).clamp(min=_TINY)
-    magnitude = _tie(torch.stack([_row_share(w) for w in weights]).mean(0), shared).clamp(min=_TINY)
-
-    def consider(exponent: float, duo: bool) -> None:
-        nonlocal best
-        scales = activation.pow(exponent)
-        if duo:
-            scales = scales / magnitude.pow(1 - exponent)
-        scales = scales / (scales.max() * scales.min()).sqrt()
-        loss = objective(scales)
-        if loss < best.loss:
-            best = Found(scales, plain, loss, exponent, duo)
-
-    if objective.idle or not plain > 0:
+    plain = objective.plain
+    best = Found(torch.ones(group.width), plain, plain, 0.0, False)
+    if objective.idle:
         return best
+    activation = group.from_inputs(statistics.mean_abs).clamp(min=_TINY).log2()
+    magnitude = group.from_inputs(torch.stack([_row_share(w) for w in weights]).mean(0))
+    magnitude = magnitude.clamp(min=_TINY).log2()
+
+    def candidate(exponent: float, duo: bool, shift: float) -> "torch.Tensor":
+        logs = exponent * activation - ((1 - exponent) * magnitude if duo else 0)
+        logs = logs - (logs.max() + logs.min()) / 2 + shift
+        return (logs.round() if exact else logs).exp2()
+
+    tried: dict[tuple[float, bool, float], float] = {}
+
+    def consider(exponent: float, duo: bool, shift: float = 0.0) -> None:
+        key = (round(exponent, 4), duo, shift)
+        if key not in tried:
+            tried[key] = objective.estimate(group.to_inputs(candidate(*key)))
+
     for exponent in COARSE:
         consider(exponent, duo=False)
         consider(exponent, duo=True)
     for step in FINE_STEPS:
-        centre, duo = best.exponent, best.duo
-        consider(centre - step, duo)
-        consider(centre + step, duo)
+        exponent, duo, _ = min(tried, key=lambda key: tried[key])
+        consider(exponent - step, duo)
+        consider(exponent + step, duo)
+    for shift in SHIFTS if exact else ():
+        exponent, duo, _ = min(tried, key=lambda key: tried[key])
+        consider(exponent, duo, shift)
+    finalists = sorted(tried, key=lambda key: tried[key])
+    for key in finalists[: FINALISTS if objective.sampled else 1]:
+        scales = candidate(*key)
+        loss = objective(group.to_inputs(scales)) if objective.sampled else tried[key]
+        if loss < best.loss:
+            best = Found(scales, plain, loss, key[0], key[1])
     return best
 
 
@@ -139,27 +231,3 @@ def _row_share(weight: "torch.Tensor") -> "torch.Tensor":
     """Mean magnitude of each column relative to the largest of its row."""
     largest = weight.abs().amax(1, keepdim=True).clamp(min=_TINY)
     return (weight.abs() / largest).mean(0)
-
-
-def _tie(values: "torch.Tensor", shared: "torch.Tensor | None") -> "torch.Tensor":
-    """Average values over the inputs that share a scale, and spread them again."""
-    import torch
-
-    if shared is None:
-        return values
-    count = int(shared.max()) + 1
-    sums = torch.zeros(count).index_add_(0, shared, values)
-    uses = torch.zeros(count).index_add_(0, shared, torch.ones_like(values))
-    return (sums / uses)[shared]
-
-
-def kv_head_sharing(query_heads: int, kv_heads: int, head_dim: int) -> "torch.Tensor":
-    """Index of the scale of each input of o_proj under grouped-query attention.
-
-    Query head h reads key/value head h // (query_heads / kv_heads), so channel d
-    of both has one scale. Returns int64, shape (query_heads * head_dim,).
-    """
-    import torch
-
-    heads = torch.arange(query_heads) // (query_heads // kv_heads)
-    return (heads[:, None] * head_dim + torch.arange(head_dim)).reshape(-1)

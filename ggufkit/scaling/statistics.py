@@ -1,26 +1,26 @@
-"""One streaming pass over the calibration text, block by block.
+"""What the linear maps of a model see: one streaming pass over a text.
 
-The model's own forward runs once over all calibration sequences, with each
-block loading its weights when its turn comes and dropping them after. Memory
-holds one block, its statistics and the hidden states of all sequences: never
-the model.
+For each group of scales it gathers the second moment of its input, and for each
+linear map the mean square of each input, which is what an importance matrix
+holds. Products are made in the quickest precision the processor has (bfloat16
+factors summed in float32, where it has instructions for that) and summed over
+steps in float64; see :func:`quick_products` for what that costs.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 from ggufkit.checkpoint.index import CheckpointIndex
-from ggufkit.checkpoint.tensors import TensorReader
-from ggufkit.errors import CheckpointError, GgufkitError
-from ggufkit.scaling.families import Family
+from ggufkit.errors import CheckpointError
+from ggufkit.scaling.families import EXPERT, Experts, Family
+from ggufkit.scaling.groups import BlockGroup, groups_of
+from ggufkit.scaling.streaming import LoadedBlock, streamed_model
 
 if TYPE_CHECKING:
     import torch
-
-_TOKENS_AT_ONCE = 2048
-"""Tokens of a forward step inside a block: enough to keep the cores busy."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,7 @@ class GroupStatistics:
     """What the consumers of a group see.
 
     Attributes:
-        gram: second moment E[x xᵀ], float32, shape (inputs, inputs); summed in
-            float64 over steps.
+        gram: second moment E[x xᵀ], float32, shape (inputs, inputs).
         mean_abs: E|x|, float32, shape (inputs,).
         tokens: number of inputs seen.
     """
@@ -40,50 +39,48 @@ class GroupStatistics:
 
 
 @dataclass(frozen=True)
+class InputSquares:
+    """E[x²] of each input of a linear map, float32, shape (inputs,), over ``tokens``."""
+
+    mean: "torch.Tensor"
+    tokens: int
+
+
+@dataclass(frozen=True)
 class BlockVisit:
     """A block with its weights loaded and its statistics gathered.
 
     Attributes:
         number: position of the block.
-        weights: float32 parameters by name inside the block.
-        statistics: by name of group; empty if they were not wanted.
+        weights: float32 parameters by checkpoint name, as the file has them.
+        groups: the block's groups.
+        statistics: gives those of a group; an expert's are made when asked for.
+        squares: gives E[x²] by the checkpoint name of a map's weight.
     """
 
     number: int
-    weights: Mapping[str, "torch.Tensor"]
-    statistics: Mapping[str, GroupStatistics]
+    weights: "Mapping[str, torch.Tensor]"
+    groups: tuple[BlockGroup, ...]
+    statistics: Callable[[BlockGroup], GroupStatistics]
+    squares: "Callable[[], Mapping[str, InputSquares]]"
 
 
-class _Gatherer:
-    """Sums the statistics of one group over the steps of a block."""
+@contextmanager
+def quick_products() -> Iterator[None]:
+    """Let float32 matrix products use bfloat16 factors where that is quicker.
 
-    def __init__(self) -> None:
-        self.tokens = 0
-        self._gram: torch.Tensor | None = None
-        self._abs: torch.Tensor | None = None
+    Each factor is rounded to 8 bits, each product is summed in float32, so that
+    a sum over thousands of tokens is off by about 1e-4 of itself: far less than
+    what another calibration text would change.
+    """
+    import torch
 
-    def __call__(self, module: Any, inputs: tuple["torch.Tensor", ...]) -> None:
-        import torch
-
-        x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
-        if self._gram is None or self._abs is None:
-            width = x.shape[1]
-            self._gram = torch.zeros(width, width, dtype=torch.float64)
-            self._abs = torch.zeros(width, dtype=torch.float64)
-        self._gram += x.T @ x
-        self._abs += x.abs().sum(0, dtype=torch.float64)
-        self.tokens += x.shape[0]
-
-    def result(self, where: str) -> GroupStatistics:
-        assert self._gram is not None
-        assert self._abs is not None
-        gram = (self._gram / self.tokens).float()
-        if not bool(gram.isfinite().all()):
-            raise CheckpointError(
-                f"the activations of {where} overflow or are not numbers",
-                "The checkpoint is broken for this text; look at it with another text or dtype",
-            )
-        return GroupStatistics(gram, (self._abs / self.tokens).float(), self.tokens)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def visit_blocks(
@@ -92,7 +89,9 @@ def visit_blocks(
     sequences: "torch.Tensor",
     visit: Callable[[BlockVisit], None],
     *,
+    scratch: Path,
     wanted: Callable[[int], bool] = lambda _: True,
+    with_groups: bool = True,
     trust_remote_code: bool = False,
 ) -> None:
     """Run the model over the sequences and call ``visit`` after each block.
@@ -102,178 +101,200 @@ def visit_blocks(
         family: its family.
         sequences: token ids, int64, shape (sequences, tokens).
         visit: called for the wanted blocks, in order, while their weights are loaded.
+        scratch: a directory for hidden states that are too many for memory.
         wanted: which blocks to gather statistics for and to visit; the others
             only run forward, so an interrupted search goes on where it stopped.
+        with_groups: whether second moments are wanted, not only mean squares.
         trust_remote_code: let transformers run the checkpoint's own code.
 
     Raises:
         CheckpointError: if a weight or activation is not finite (named).
     """
-    import torch
 
-    with TensorReader(index) as reader, torch.inference_mode():
-        model = _empty_model(index, trust_remote_code)
-        decoder = model.get_decoder()
-        blocks = model.get_submodule(family.blocks)
-        for number, block in enumerate(blocks):
-            step = _BlockStep(number, block, family, reader, visit, wanted(number))
-            # The model keeps calling its blocks as it always does, with masks
-            # and position embeddings of its own making.
-            block.forward = step.forward
-        _load(decoder.get_input_embeddings(), "the embedding", reader, _embedding_name(reader))
-        # Nothing reads what comes after the last block.
-        decoder.norm = torch.nn.Identity()
-        decoder(input_ids=sequences, use_cache=False)
-
-
-def _empty_model(index: CheckpointIndex, trust_remote_code: bool) -> Any:
-    import torch
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(index.path, trust_remote_code=trust_remote_code)
-    # Parameters are empty; buffers such as rotary frequencies are real.
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=trust_remote_code, dtype=torch.float32
+    def each(block: LoadedBlock, hidden: "torch.Tensor") -> "torch.Tensor":
+        if not wanted(block.number):
+            return block.forward(hidden)
+        groups = tuple(groups_of(index, family, block.number)) if with_groups else ()
+        with _Gathering(family, block, groups) as gathering:
+            hidden = block.forward(hidden)
+        visit(
+            BlockVisit(block.number, block.weights, groups, gathering.statistics, gathering.squares)
         )
-    return model.eval()
+        return hidden
+
+    with (
+        quick_products(),
+        streamed_model(index, family, scratch, trust_remote_code=trust_remote_code) as model,
+    ):
+        model.run(sequences, each)
 
 
-def _embedding_name(reader: TensorReader) -> str:
-    for name in ("model.embed_tokens.weight",):
-        if name in reader.index.tensors:
-            return name
-    raise CheckpointError(f"{reader.index.path} has no tensor model.embed_tokens.weight")
-
-
-def _load(module: Any, what: str, reader: TensorReader, name: str) -> None:
-    module.load_state_dict({"weight": _finite(reader, name)}, assign=True)
-
-
-def _finite(reader: TensorReader, name: str) -> "torch.Tensor":
-    tensor = reader.load(name).float()
-    if not bool(tensor.isfinite().all()):
-        raise CheckpointError(
-            f"tensor {name} holds NaN or infinite values",
-            "The checkpoint is damaged; fetch it again",
-        )
-    return tensor
-
-
-class _BlockStep:
-    """Stands in for a block's forward: load, run in steps, visit, unload."""
-
-    def __init__(
-        self,
-        number: int,
-        block: Any,
-        family: Family,
-        reader: TensorReader,
-        visit: Callable[[BlockVisit], None],
-        wanted: bool,
-    ) -> None:
-        self._number = number
-        self._block = block
-        self._run = block.forward
-        self._family = family
-        self._reader = reader
-        self._visit = visit
-        self._wanted = wanted
-
-    def forward(self, hidden_states: "torch.Tensor", *args: Any, **kwargs: Any) -> "torch.Tensor":
-        prefix = f"{self._family.blocks}.{self._number}."
-        weights = {
-            name: _finite(self._reader, prefix + name) for name, _ in self._block.named_parameters()
-        }
-        self._block.load_state_dict(weights, assign=True, strict=False)
-        with self._gathering() as gatherers:
-            hidden_states = self._in_steps(hidden_states, args, kwargs)
-        if self._wanted:
-            statistics = {
-                name: gatherer.result(f"{prefix}{name}") for name, gatherer in gatherers.items()
-            }
-            self._visit(BlockVisit(self._number, weights, statistics))
-        self._block.to_empty(device="meta")
-        return hidden_states
-
-    @contextmanager
-    def _gathering(self) -> Iterator[dict[str, _Gatherer]]:
-        gatherers: dict[str, _Gatherer] = {}
-        with ExitStack() as stack:
-            for group in self._family.groups if self._wanted else ():
-                gatherers[group.name] = _Gatherer()
-                consumer = self._block.get_submodule(group.consumers[0])
-                handle = consumer.register_forward_pre_hook(gatherers[group.name])
-                stack.callback(handle.remove)
-            yield gatherers
-
-    def _in_steps(
-        self, hidden_states: "torch.Tensor", args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> "torch.Tensor":
-        import torch
-
-        count, length = hidden_states.shape[:2]
-        at_once = max(1, _TOKENS_AT_ONCE // length)
-        out = torch.empty_like(hidden_states)
-        for first in range(0, count, at_once):
-            part = slice(first, min(first + at_once, count))
-            own_args = [_of_sequences(a, part, count) for a in args]
-            own_kwargs = {k: _of_sequences(a, part, count) for k, a in kwargs.items()}
-            result = self._run(hidden_states[part], *own_args, **own_kwargs)
-            out[part] = result[0] if isinstance(result, tuple) else result
-        return out
-
-
-def _of_sequences(value: Any, part: slice, count: int) -> Any:
-    """The share of some of the sequences in an argument of a block.
-
-    Tensors with a leading dimension of all sequences are cut; those that serve
-    all of them (leading dimension 1, or none) are passed on.
-    """
-    import torch
-
-    if isinstance(value, tuple):
-        return tuple(_of_sequences(v, part, count) for v in value)
-    if isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == count > 1:
-        return value[part]
-    return value
-
-
-def sequences_from_text(
-    text: str, index: CheckpointIndex, samples: int, length: int, *, trust_remote_code: bool = False
-) -> "torch.Tensor":
-    """Cut a calibration text into sequences, spread evenly over the whole text.
+class _Moments:
+    """Sums what one map, or the maps of one group, see over the steps of a block.
 
     Args:
-        text: the text.
-        index: the checkpoint whose tokenizer reads it.
-        samples: how many sequences to take at most.
-        length: tokens of each; begins with BOS if the tokenizer adds one.
-        trust_remote_code: let transformers run the checkpoint's own code.
-
-    Returns:
-        int64, shape (sequences, length); fewer sequences than asked for if the
-        text has no more.
-
-    Raises:
-        GgufkitError: if the text has fewer than two sequences in it.
+        where: name for errors.
+        width: number of inputs.
+        whole: gather the second moment, not only its diagonal.
     """
-    import torch
-    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(index.path, trust_remote_code=trust_remote_code)
-    # The warning about texts beyond the context does not apply: it is cut.
-    tokenizer.model_max_length = int(1e30)
-    prefix = [t for t in tokenizer("").input_ids if t == tokenizer.bos_token_id]
-    tokens = tokenizer(text, add_special_tokens=False).input_ids
-    body = length - len(prefix)
-    available = len(tokens) // body
-    if available < 2:
-        raise GgufkitError(
-            f"the calibration text has only {len(tokens)} tokens; at least {2 * body} are needed",
-            "Give a longer text with --calibration, or a smaller --calibration-length",
-        )
-    count = min(samples, available)
-    starts = [round(i * (len(tokens) - body) / max(1, count - 1)) for i in range(count)]
-    return torch.tensor([prefix + tokens[start : start + body] for start in starts])
+    def __init__(self, where: str, width: int, whole: bool) -> None:
+        import torch
+
+        self._where = where
+        self._tokens = 0
+        self._abs = torch.zeros(width, dtype=torch.float64)
+        self._sum = torch.zeros((width, width) if whole else (width,), dtype=torch.float64)
+
+    def __call__(self, module: Any, inputs: tuple["torch.Tensor", ...]) -> None:
+        self.add(inputs[0])
+
+    def add(self, x: "torch.Tensor", weight: "torch.Tensor | None" = None) -> None:
+        """Add inputs, last dimension their width; each counts ``weight`` times."""
+        import torch
+
+        x = x.reshape(-1, x.shape[-1]).float()
+        self._tokens += x.shape[0]
+        self._abs += x.abs().sum(0, dtype=torch.float64)
+        if weight is not None:
+            x = x * weight.sqrt()[:, None]
+        self._sum += x.T @ x if self._sum.ndim == 2 else x.square().sum(0, dtype=torch.float64)
+
+    def statistics(self) -> GroupStatistics:
+        return GroupStatistics(self._mean(self._sum), self._mean(self._abs), self._tokens)
+
+    def squares(self) -> InputSquares:
+        diagonal = self._sum.diagonal() if self._sum.ndim == 2 else self._sum
+        return InputSquares(self._mean(diagonal), self._tokens)
+
+    def _mean(self, total: "torch.Tensor") -> "torch.Tensor":
+        mean = (total / max(1, self._tokens)).float()
+        if not bool(mean.isfinite().all()):
+            raise CheckpointError(
+                f"the activations of {self._where} overflow or are not numbers",
+                "The checkpoint is broken for this text; look at it with another text or dtype",
+            )
+        return mean
+
+
+class _Gathering:
+    """Watches a block while it runs."""
+
+    def __init__(self, family: Family, block: LoadedBlock, groups: tuple[BlockGroup, ...]) -> None:
+        self._family = family
+        self._block = block
+        self._prefix = f"{family.blocks}.{block.number}."
+        self._of_group: dict[str, _Moments] = {}
+        self._of_map: dict[str, _Moments] = {}
+        self._experts: _ExpertInputs | None = None
+        self._groups = groups
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        family, weights = self._family, self._block.weights
+        for group in self._groups:
+            if group.expert is None:
+                moments = _Moments(group.name, group.inputs, whole=True)
+                self._of_group[group.name] = moments
+                self._of_map |= dict.fromkeys(group.consumers, moments)
+                self._watch(self._module_of(group.consumers[0]), moments)
+        for name, module in self._block.module.named_modules():
+            weight = f"{self._prefix}{family.in_file(name)}.weight"
+            if weight in weights and weight not in self._of_map and _is_linear(module):
+                width = weights[weight].shape[0 if family.transposed else 1]
+                moments = self._of_map[weight] = _Moments(weight, width, whole=False)
+                self._watch(module, moments)
+            elif family.experts and name == family.experts.module and _has_experts(module):
+                self._experts = _ExpertInputs(family.experts, module, family, self._block)
+                watch = module.register_forward_pre_hook(self._experts, with_kwargs=True)
+                self._stack.callback(watch.remove)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _watch(self, module: Any, moments: _Moments) -> None:
+        self._stack.callback(module.register_forward_pre_hook(moments).remove)
+
+    def _module_of(self, weight: str) -> Any:
+        name = weight.removeprefix(self._prefix).removesuffix(".weight")
+        return self._block.module.get_submodule(self._family.in_model(name))
+
+    def statistics(self, group: BlockGroup) -> GroupStatistics:
+        if group.expert is None:
+            return self._of_group[group.name].statistics()
+        assert self._experts is not None
+        return self._experts.statistics(group.expert)
+
+    def squares(self) -> dict[str, InputSquares]:
+        found = {name: moments.squares() for name, moments in self._of_map.items()}
+        return found | (self._experts.squares() if self._experts else {})
+
+
+def _is_linear(module: Any) -> bool:
+    # transformers' Conv1D is a linear map with its weight the other way round.
+    return type(module).__name__ in ("Linear", "Conv1D")
+
+
+def _has_experts(module: Any) -> bool:
+    return hasattr(module, "gate_up_proj")
+
+
+class _ExpertInputs:
+    """Remembers what went to which expert, to work it out expert by expert.
+
+    The error of an expert's output reaches the block's times the router's
+    weight, so each token counts by the square of that.
+    """
+
+    def __init__(self, spec: Experts, module: Any, family: Family, block: LoadedBlock) -> None:
+        self.module = module
+        self._spec = spec
+        self._family = family
+        self._block = block
+        self._inputs: list[torch.Tensor] = []
+        self._chosen: list[torch.Tensor] = []
+        self._weights: list[torch.Tensor] = []
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x, chosen, weights = (*args, *kwargs.values())
+        self._inputs.append(x.reshape(-1, x.shape[-1]))
+        self._chosen.append(chosen.reshape(self._inputs[-1].shape[0], -1))
+        self._weights.append(weights.reshape(self._chosen[-1].shape))
+
+    def _routed(self, expert: int) -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":
+        for x, chosen, weights in zip(self._inputs, self._chosen, self._weights, strict=True):
+            token, place = (chosen == expert).nonzero(as_tuple=True)
+            if len(token):
+                yield x[token], weights[token, place].float()
+
+    def _weight(self, expert: int, part: str) -> tuple[str, "torch.Tensor"]:
+        path = self._spec.path.replace(EXPERT, str(expert))
+        name = self._family.tensor(self._block.number, f"{path}.{part}")
+        return name, self._block.weights[name]
+
+    def statistics(self, expert: int) -> GroupStatistics:
+        """Of the input of an expert's down map."""
+        return self._hidden(expert, whole=True).statistics()
+
+    def _hidden(self, expert: int, *, whole: bool) -> _Moments:
+        gate, up = (self._weight(expert, p)[1] for p in (self._spec.gate, self._spec.up))
+        name, down = self._weight(expert, self._spec.down)
+        moments = _Moments(name, down.shape[1], whole)
+        for x, weight in self._routed(expert):
+            hidden = self.module.act_fn(x @ gate.T) * (x @ up.T)
+            moments.add(hidden, weight.square() if whole else None)
+        return moments
+
+    def squares(self) -> dict[str, InputSquares]:
+        """Of the inputs of all maps of all experts."""
+        found = {}
+        for expert in range(self.module.gate_up_proj.shape[0]):
+            name, gate = self._weight(expert, self._spec.gate)
+            moments = _Moments(name, gate.shape[1], whole=False)
+            for x, _ in self._routed(expert):
+                moments.add(x)
+            found[name] = found[self._weight(expert, self._spec.up)[0]] = moments.squares()
+            down = self._weight(expert, self._spec.down)[0]
+            found[down] = self._hidden(expert, whole=False).squares()
+        return found
