@@ -15,11 +15,11 @@ bin := $(VENV)/bin
 stamp := $(VENV)/.installed
 fresh := $(VENV)/.fresh
 
-.PHONY: help demo test venv native check format bench clean
+.PHONY: help demo test venv native check format bench bench-awq clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
-	@echo "further: make venv, native, check, format, bench, clean"
+	@echo "further: make venv, native, check, format, bench, bench-awq, clean"
 
 demo: native
 	$(bin)/ggufkit demo $(ARGS)
@@ -59,6 +59,9 @@ format: venv
 
 bench: native
 	$(bin)/python -m bench $(ARGS)
+
+bench-awq: native
+	$(bin)/python -m bench.awq $(ARGS)
 
 # Models and native builds stay: they cost more than a minute to make again.
 clean:

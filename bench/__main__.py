@@ -9,19 +9,16 @@ import argparse
 import json
 import shutil
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from bench.processes import GGUFKIT, PYTHON, checked, mib
 from ggufkit import settings, sources
 from ggufkit.llamacpp import toolchain
-from ggufkit.llamacpp.toolchain import NativeBuild, ToolRun
+from ggufkit.llamacpp.toolchain import NativeBuild
 from ggufkit.values import Checkpoint
-
-PYTHON = sys.executable
-GGUFKIT = [PYTHON, "-m", "ggufkit", "--quiet"]
 
 
 @dataclass(frozen=True)
@@ -100,13 +97,6 @@ def in_turn(
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 
-def checked(command: list[str | Path]) -> ToolRun:
-    ran = toolchain.run(command)
-    if ran.returncode != 0:
-        sys.exit("\n".join(["failed:", *map(str, command), *ran.tail]))
-    return ran
-
-
 def ours_convert(checkpoint: Path, models: Path, *options: str) -> Cost:
     command = [*GGUFKIT, "--models-dir", models, "convert", checkpoint, "--type", "q4_0", *options]
     ran = checked(command)
@@ -144,10 +134,6 @@ def seconds(costs: list[Cost]) -> float:
 
 def peak(costs: list[Cost]) -> int:
     return max(cost.peak_rss_nbytes for cost in costs)
-
-
-def mib(nbytes: int) -> str:
-    return f"{nbytes / (1 << 20):.0f} MiB"
 
 
 main()

@@ -1,0 +1,207 @@
+"""``make bench-awq``: what AWQ costs and what it is worth.
+
+Cost: whole processes, this search beside AutoAWQ's own (repaired, through
+``--awq-backend autoawq``) on the same model and the same calibration tokens.
+Worth: perplexity and KL divergence against F32 for each type, plain, with AWQ,
+with an importance matrix, and with both, on a text that was not calibrated on.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.processes import GGUFKIT, checked, mib
+from ggufkit import settings, sources
+from ggufkit.evaluate.texts import load_text
+from ggufkit.llamacpp import toolchain
+from ggufkit.llamacpp.toolchain import NativeBuild
+from ggufkit.values import Checkpoint
+
+TYPES = ("q4_0", "q2_k", "q3_k_m", "iq4_xs", "q4_k_m", "q5_k_m")
+WAYS = {
+    "plain": [],
+    "AWQ": ["--awq"],
+    "imatrix": ["--imatrix", "auto"],
+    "AWQ + imatrix": ["--awq", "--imatrix", "auto"],
+}
+AUTOAWQ = "AutoAWQ"
+_NUMBER = r"\s+(-?[\d.]+)\s+±\s+([\d.]+)"
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One file against F32: perplexity and mean KL divergence with standard errors."""
+
+    perplexity: float
+    divergence: float
+    divergence_error: float
+    nbytes: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="bench.awq", description=__doc__)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--calibration", default="pydoc-calibration", help="name or file")
+    parser.add_argument("--measure", default="pydoc-measure", help="name or file")
+    parser.add_argument("--chunks", type=int, default=40)
+    parser.add_argument("--types", nargs="*", default=TYPES)
+    parser.add_argument("--skip-cost", action="store_true")
+    parser.add_argument("--skip-autoawq", action="store_true", help="it takes minutes")
+    options = parser.parse_args()
+    build = toolchain.find_build()
+    print(f"llama.cpp {build.commit}, {build.cpu}, {settings.threads()} threads")
+    with tempfile.TemporaryDirectory(prefix="ggufkit-bench-") as scratch:
+        models = Path(scratch) / "models"
+        found = sources.resolve(options.model, models_dir=models)
+        assert isinstance(found, Checkpoint)
+        calibration = ["--calibration", options.calibration]
+        if not options.skip_cost:
+            print_cost(found, Path(scratch), calibration, skip_autoawq=options.skip_autoawq)
+            print_growth(found, Path(scratch), calibration)
+        if options.types:
+            print_quality(build, found, models, options, calibration)
+
+
+def print_cost(
+    model: Checkpoint, scratch: Path, calibration: Sequence[str], *, skip_autoawq: bool
+) -> None:
+    """The whole AWQ step: statistics, search, comparison with the original, fold."""
+    print("\nthe AWQ step as a whole process\n")
+    ways = {f"ggufkit, {t}": ["--type", t] for t in ("q4_0", "q4_k_m", "q5_k_m")}
+    if not skip_autoawq:
+        ways[AUTOAWQ] = ["--type", "q4_0", "--awq-backend", "autoawq"]
+    told = {
+        way: checked(
+            [
+                *(*GGUFKIT, "--models-dir", scratch / f"cost-{number}", "awq", model.path),
+                *("-o", scratch / f"folded-{number}", *arguments, *calibration),
+            ]
+        )
+        for number, (way, arguments) in enumerate(ways.items())
+    }
+    print("| way | seconds | peak memory | AutoAWQ's time / this | memory / AutoAWQ's |")
+    print("|---|---|---|---|---|")
+    for way, ran in told.items():
+        ratios = "| |"
+        if (other := told.get(AUTOAWQ)) and way != AUTOAWQ:
+            memory = ran.peak_rss_nbytes / other.peak_rss_nbytes
+            ratios = f"| {other.seconds / ran.seconds:.1f} | {memory:.2f} |"
+        print(f"| {way} | {ran.seconds:.1f} | {mib(ran.peak_rss_nbytes)} {ratios}")
+    for number in range(len(ways)):
+        shutil.rmtree(scratch / f"cost-{number}")
+        shutil.rmtree(scratch / f"folded-{number}")
+
+
+def print_growth(model: Checkpoint, scratch: Path, calibration: Sequence[str]) -> None:
+    """Seconds of the search by number of blocks and of calibration tokens."""
+    print("\nhow the search grows (Q4_0, seconds of the stage alone)\n")
+    print("| blocks | sequences of 512 | seconds |")
+    print("|---|---|---|")
+    config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
+    blocks = config["num_hidden_layers"]
+    for count, samples in (
+        *((blocks // 3, 16), (2 * blocks // 3, 16), (blocks, 16)),
+        *((blocks, 32), (blocks, 64)),
+    ):
+        part = scratch / f"{model.name}-{count}-{samples}"
+        shutil.copytree(model.path, part)
+        # The search reads the blocks that the config names and no more.
+        (part / "config.json").write_text(json.dumps(config | {"num_hidden_layers": count}))
+        ran = checked(
+            [
+                *(*GGUFKIT, "--models-dir", scratch / "growth", "awq", part, "-o", part / "out"),
+                *("--type", "q4_0", "--calibration-samples", str(samples), *calibration),
+                "--json",
+            ]
+        )
+        seconds = json.loads("\n".join(ran.tail))["seconds"]
+        print(f"| {count} | {samples} | {seconds:.1f} |", flush=True)
+        shutil.rmtree(part)
+        shutil.rmtree(scratch / "growth")
+
+
+def print_quality(
+    build: NativeBuild,
+    model: Checkpoint,
+    models: Path,
+    options: argparse.Namespace,
+    calibration: Sequence[str],
+) -> None:
+    text = load_text(options.measure, cache=settings.cache_dir()).path
+    reference = convert(model, models, "f32", [])
+    logits = models / "logits.bin"
+    output = run_perplexity(
+        build, reference, text, options.chunks, ["--save-all-logits", str(logits)]
+    )
+    base = float(found(r"Final estimate: PPL = ([\d.]+)", output)[1])
+    print(f"\n{model.name}, calibrated on {Path(options.calibration).name}, measured on")
+    print(f"{options.chunks} chunks of {Path(options.measure).name}; F32 {base:.4f}\n")
+    print("| type | way | MiB | perplexity | gap won back | mean KL divergence |")
+    print("|---|---|---|---|---|---|")
+    for type in options.types:
+        plain = None
+        for way, arguments in WAYS.items():
+            file = convert(model, models, type, [*arguments, *calibration])
+            told = quality(build, file, text, options.chunks, logits)
+            plain = plain or told
+            gap = plain.perplexity - base
+            won = f"{100 * (plain.perplexity - told.perplexity) / gap:.0f} %" if gap > 0 else ""
+            print(
+                f"| {type.upper()} | {way} | {told.nbytes / (1 << 20):.1f} "
+                f"| {told.perplexity:.4f} | {won} "
+                f"| {told.divergence:.5f} ± {told.divergence_error:.5f} |",
+                flush=True,
+            )
+
+
+def convert(model: Checkpoint, models: Path, type: str, arguments: Sequence[str]) -> Path:
+    command = [*GGUFKIT, "--models-dir", models, "convert", model.path, "--type", type]
+    ran = checked([*command, *arguments, "--json"])
+    (result,) = json.loads("\n".join(ran.tail))
+    return Path(result["path"])
+
+
+def quality(build: NativeBuild, model: Path, text: Path, chunks: int, logits: Path) -> Quality:
+    arguments = ["--kl-divergence-base", str(logits), "--kl-divergence"]
+    output = run_perplexity(build, model, text, chunks, arguments)
+    divergence = found(r"Mean\s+KLD:" + _NUMBER, output)
+    return Quality(
+        float(found(r"Mean PPL\(Q\)\s*:" + _NUMBER, output)[1]),
+        float(divergence[1]),
+        float(divergence[2]),
+        model.stat().st_size,
+    )
+
+
+def run_perplexity(
+    build: NativeBuild, model: Path, text: Path, chunks: int, arguments: Sequence[str]
+) -> str:
+    pieces: list[str] = []
+    tool = build.tool("llama-perplexity")
+    ran = toolchain.run(
+        [
+            *(tool, "-m", model, "-f", text, "-c", "512", "--chunks", str(chunks)),
+            *("-t", str(settings.threads()), *arguments),
+        ],
+        on_text=pieces.append,
+    )
+    if ran.returncode:
+        sys.exit("\n".join(ran.tail))
+    return "".join(pieces)
+
+
+def found(pattern: str, output: str) -> re.Match[str]:
+    match = re.search(pattern, output)
+    if match is None:
+        sys.exit(f"llama-perplexity did not print {pattern}:\n{output[-2000:]}")
+    return match
+
+
+if __name__ == "__main__":
+    main()
