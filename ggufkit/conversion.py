@@ -228,6 +228,8 @@ class Conversion:
                 "plan": plan,
                 "imatrix": self.imatrix == "auto",
                 "exact": self.exact,
+                "clip": self.awq.clip,
+                "sensitivity": self.awq.sensitivity,
             },
             tool=self._scaling_tool,
             work=work,
@@ -270,17 +272,28 @@ class Conversion:
         # These bring torch, which a plain conversion does not need.
         from ggufkit.llamacpp.ggml import Ggml
         from ggufkit.scaling.awq import Job, search_scales
+        from ggufkit.scaling.memory import forecast, require_memory
 
+        count, length = self.sequences.tokens.shape
+        needed = forecast(self.index, self.family, sequences=count, length=length)
+        require_memory(needed, f"searching scales for {self.checkpoint.name}")
         told = search_scales(
             self.index,
             self.family,
             self.sequences.tokens,
             [
-                Job(directory, plan, importance=self.imatrix == "auto", exact=self.exact)
+                Job(
+                    directory,
+                    plan,
+                    importance=self.imatrix == "auto",
+                    exact=self.exact,
+                    clip=self.awq.clip,
+                )
                 for directory, plan in opened.values()
             ],
             Ggml(self.build.bin, settings.threads()),
             self.progress,
+            token_weights=self._token_weights(next(iter(opened.values()))[0]),
             trust_remote_code=self.fetch.trust_remote_code,
         )
         return {
@@ -292,6 +305,20 @@ class Conversion:
             for key, (directory, _) in opened.items()
         }
 
+    def _token_weights(self, scratch: Path) -> "dict[str, torch.Tensor] | None":
+        if not self.awq.sensitivity:
+            return None
+        from ggufkit.scaling.sensitivity import token_weights
+
+        return token_weights(
+            self.index,
+            self.family,
+            self.sequences.tokens,
+            self.progress,
+            scratch=scratch,
+            trust_remote_code=self.fetch.trust_remote_code,
+        )
+
     def _scales_from_elsewhere(self) -> Artifact:
         """Scales of a file, or of AutoAWQ's own search; one set for all types."""
         from ggufkit.scaling.autoawq import autoawq_version
@@ -300,7 +327,7 @@ class Conversion:
 
         def work(directory: Path) -> dict[str, Json]:
             from ggufkit.scaling.awq import SCALES_FILE
-            from ggufkit.scaling.fold import powers_of_two, read_scales, write_scales
+            from ggufkit.scaling.fold import CLIP, powers_of_two, read_scales, write_scales
 
             self.check_before_work(folded=True)
             scales = read_scales(given) if given else self._autoawq_scales()
@@ -311,8 +338,11 @@ class Conversion:
                 "calibration": self.calibration_text.name,
                 **self._sequence_facts,
                 "divergence": self._check_function(directory),
-                "groups": len(scales),
+                "groups": sum(not name.endswith(CLIP) for name in scales),
                 "groups_left_alone": sum(bool((s == 1).all()) for s in scales.values()),
+                "rows_clipped": sum(
+                    int(limit.isfinite().sum()) for n, limit in scales.items() if n.endswith(CLIP)
+                ),
             }
 
         return self.store.run(
@@ -345,22 +375,31 @@ class Conversion:
         )
 
     def _check_function(self, directory: Path) -> float:
-        """Refuse scales whose fold would change what the model computes."""
+        """Refuse scales whose fold would change what the model computes.
+
+        Clipping changes it, so with that the figure is told and not judged.
+        """
         from ggufkit.scaling.awq import SCALES_FILE
-        from ggufkit.scaling.fold import read_scales
+        from ggufkit.scaling.fold import CLIP, read_scales
         from ggufkit.scaling.guard import fold_divergence, require_same_function
 
+        scales = read_scales(directory / SCALES_FILE)
         with self.progress.task("comparing with the original"):
             divergence = fold_divergence(
                 self.index,
                 self.family,
-                read_scales(directory / SCALES_FILE),
+                scales,
                 self.sequences.held_back[:1],
                 scratch=directory,
                 dtype=self.stored_dtype,
                 trust_remote_code=self.fetch.trust_remote_code,
             )
-        require_same_function(divergence, self.checkpoint.name)
+        if any(name.endswith(CLIP) for name in scales):
+            self.progress.warn(
+                f"clipping changed the function: mean KL divergence {divergence:.1e} nats per token"
+            )
+        else:
+            require_same_function(divergence, self.checkpoint.name)
         return divergence
 
     def imatrix_for(self, scales: Artifact | None) -> Artifact:

@@ -101,6 +101,10 @@ def convert(
             f"{imatrix} was made of the model before scales are folded in",
             "Use --imatrix auto, which makes one of the folded model",
         )
+    if isinstance(imatrix, Path) and not imatrix.is_file():
+        raise UsageError(
+            f"There is no importance matrix {imatrix}", "Name a file, or use --imatrix auto"
+        )
     job = Conversion(
         *(store, build, source, fetch, calibration or Calibration(), wanted, progress),
         awq=awq_options or AwqOptions(),
@@ -193,6 +197,7 @@ def awq(
         objective_ratio=(
             facts["objective"] / facts["objective_plain"] if "objective" in facts else None
         ),
+        rows_clipped=facts["rows_clipped"],
         divergence=facts["divergence"],
         seconds=scales.manifest.seconds,
         reused=scales.reused,

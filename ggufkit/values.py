@@ -336,11 +336,16 @@ class AwqOptions:
             ``f16`` or ``f32``: any scales. ``auto``: ``keep``, but ``f16`` for
             what is only converted and has 16 bits; BF16's 8 significant bits
             would show, F16's 11 do not.
+        sensitivity: let each token count by the squared gradient of the loss.
+        clip: clip weights too where that lowers the objective; this changes the
+            function.
         scales: a scales file to fold in, instead of searching.
     """
 
     backend: str = "ggufkit"
     dtype: str = "auto"
+    sensitivity: bool = False
+    clip: bool = False
     scales: Path | None = None
 
 
@@ -358,6 +363,7 @@ class AwqResult:
         groups_left_alone: sets for which identity was best.
         objective_ratio: squared error of the outputs with scales, relative to
             that without; summed over all groups. None if nothing was searched.
+        rows_clipped: rows of weights that were clipped.
         divergence: mean KL divergence of the folded model from the original on
             held-back text, nats per token, in float32.
         seconds: time of the search (of the original run when reused).
@@ -372,6 +378,7 @@ class AwqResult:
     groups: int
     groups_left_alone: int
     objective_ratio: float | None
+    rows_clipped: int
     divergence: float
     seconds: float
     reused: bool

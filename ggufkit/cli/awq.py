@@ -81,8 +81,8 @@ def _print(session: Session, result: AwqResult) -> None:
         + ("reused" if result.reused else f"{result.seconds:.1f} s"),
         soft_wrap=True,
     )
+    what = f"{result.rows_clipped} rows clipped" if result.rows_clipped else "same function"
     session.console.print(
-        f"  same function: mean KL divergence {result.divergence:.1e} nats per token on "
-        "held-back text",
+        f"  {what}: mean KL divergence {result.divergence:.1e} nats per token on held-back text",
         soft_wrap=True,
     )

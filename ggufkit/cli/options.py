@@ -95,7 +95,11 @@ def awq_options(command: _Command) -> _Command:
 
     def wrapped(*args: Any, **given: Any) -> Any:
         options = AwqOptions(
-            given.pop("awq_backend"), given.pop("awq_dtype") or default.dtype, given.pop("scales")
+            given.pop("awq_backend"),
+            given.pop("awq_dtype") or default.dtype,
+            given.pop("sensitivity"),
+            given.pop("clip"),
+            given.pop("scales"),
         )
         return command(*args, awq_options=options, **given)
 
@@ -113,6 +117,16 @@ def awq_options(command: _Command) -> _Command:
             default=default.backend,
             show_default=True,
             help="Whose search finds the scales.",
+        ),
+        click.option(
+            "--sensitivity",
+            is_flag=True,
+            help="Let each token count by the squared gradient of the loss (a backward pass).",
+        ),
+        click.option(
+            "--clip",
+            is_flag=True,
+            help="Clip weights too where the objective gains. This changes the function.",
         ),
         click.option(
             "--awq-dtype",

@@ -6,15 +6,17 @@ containers are therefore read properly here, or refused.
 """
 
 import ast
-import contextlib
 import difflib
+import gzip
 import hashlib
+import io
 import json
 import os
 import re
 import sysconfig
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,10 +56,12 @@ class BuiltIn:
         about: what it is, in a few words.
         make: gives the text and where it came from, out of text directory,
             cache and progress.
+        pairs: whether what it gives are JSON lines of questions and answers.
     """
 
     about: str
     make: Callable[[Path | None, Path, Progress], tuple[str, str]]
+    pairs: bool = False
 
 
 def load_text(
@@ -88,9 +92,9 @@ def load_text(
     """
     texts = cache / "texts"
     if built_in := BUILT_IN.get(spec):
-        if column:
-            raise UsageError(f"'{spec}' is a built-in text and has no columns", "Drop --column")
-        content, source = built_in.make(text_dir or settings.text_dir(), texts, progress)
+        content, source = _make(spec, column, text_dir, texts, progress)
+        if built_in.pairs:
+            content = _pairs_as_text(content)
     else:
         content, source = read_file(Path(spec).expanduser(), column), spec
     if not content.strip():
@@ -109,21 +113,40 @@ def load_calibration(
     """Get a text to calibrate on: as :func:`load_text`, but chats are left as they are.
 
     JSON lines of chats, or of questions and answers, keep their rows, because
-    only the model's own template can make a text of them.
+    only the model's own template can make a text of them. A file of such rows
+    is given as it is, unless a column is asked for.
+
+    Raises:
+        SourceError, IntegrityError, UsageError: as :func:`load_text`.
     """
-    path = Path(spec).expanduser()
-    if spec not in BUILT_IN and not column and path.suffix.lower() in _JSON_SUFFIXES[:2]:
-        first = next(_lines(path), "") if path.is_file() else ""
-        with contextlib.suppress(ValueError):
-            if row_kind(json.loads(first)) != "text":
-                raw = path.read_bytes()
-                return Text(spec, hashlib.sha256(raw).hexdigest(), path, len(raw), str(path))
+    built_in, path = BUILT_IN.get(spec), Path(spec).expanduser()
+    if built_in and built_in.pairs:
+        content, source = _make(spec, column, text_dir, cache / "texts", progress)
+        return _write(spec, content, source, cache / "texts", ".jsonl")
+    if not built_in and not column and _kind_of(path) != "text":
+        raw = path.read_bytes()
+        return Text(spec, hashlib.sha256(raw).hexdigest(), path, len(raw), spec)
     return load_text(spec, column=column, text_dir=text_dir, cache=cache, progress=progress)
 
 
-def _lines(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8", errors="replace") as file:
-        yield from (line for line in file if line.strip())
+def _make(
+    name: str, column: str | None, text_dir: Path | None, texts: Path, progress: Progress
+) -> tuple[str, str]:
+    if column:
+        raise UsageError(f"'{name}' is a built-in text and has no columns", "Drop --column")
+    return BUILT_IN[name].make(text_dir or settings.text_dir(), texts, progress)
+
+
+def _kind_of(path: Path) -> str:
+    """What the first row of a file is, see :func:`row_kind`; errors are left to others."""
+    if path.suffix.lower() not in _JSON_SUFFIXES or not path.is_file():
+        return "text"
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        first = next((line for line in file if line.strip()), "")
+    try:
+        return row_kind(json.loads(first))
+    except (ValueError, RecursionError):
+        return "text"
 
 
 def keep_text(name: str, content: str, source: str, cache: Path) -> Text:
@@ -288,7 +311,7 @@ def _join(rows: Iterable[str]) -> str:
     return "\n\n".join(full)
 
 
-def _write(name: str, content: str, source: str, texts: Path) -> Text:
+def _write(name: str, content: str, source: str, texts: Path, suffix: str = ".txt") -> Text:
     try:
         raw = content.encode()
     except UnicodeEncodeError as error:
@@ -296,7 +319,7 @@ def _write(name: str, content: str, source: str, texts: Path) -> Text:
             f"{name} holds half a surrogate pair at character {error.start:,}", "Repair the text"
         ) from error
     digest = hashlib.sha256(raw).hexdigest()
-    path = texts / f"{digest[:16]}.txt"
+    path = texts / f"{digest[:16]}{suffix}"
     if not path.is_file() or path.stat().st_size != len(raw):
         texts.mkdir(parents=True, exist_ok=True)
         scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -308,25 +331,125 @@ def _write(name: str, content: str, source: str, texts: Path) -> Text:
     return Text(name, digest, path, len(raw), source)
 
 
+# --- data sets of the hubs ---------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _DataSet:
+    """A text that is one file of a data set.
+
+    Calling it gives the text and where it came from, out of text directory,
+    cache and progress.
+
+    Attributes:
+        name: the text's.
+        offline: where a copy may lie in the text directory.
+        online: hub, data set (a revision may follow after ``@``) and file.
+        read: gives the text in any of these files.
+    """
+
+    name: str
+    offline: tuple[str, ...]
+    online: tuple[tuple[str, str, str], ...]
+    read: Callable[[Path], str]
+
+    def __call__(self, text_dir: Path | None, texts: Path, _: Progress) -> tuple[str, str]:
+        for name in self.offline if text_dir else ():
+            path = Path(text_dir or "", name)
+            if path.is_file():
+                return self.read(path), str(path)
+        failures = []
+        first = settings.hub()
+        for hub, repository, file in sorted(self.online, key=lambda row: row[0] != first):
+            origin = f"{hub} {repository} {file}"
+            try:
+                path = _download(hub, repository, file, texts / self.name)
+            except SourceError as error:
+                failures.append(f"{origin}: {error.message}")
+                continue
+            return self.read(path), origin
+        raise SourceError(
+            f"{self.name} cannot be fetched:\n  " + "\n  ".join(failures),
+            f"Put {self.offline[0]} into a directory and name that in GGUFKIT_TEXT_DIR "
+            "(ppl also takes --text-dir), or use another text",
+        )
+
+
+def _damaged(path: Path, error: object) -> IntegrityError:
+    return IntegrityError(f"{path} is damaged: {error}", f"Remove {path} and try again")
+
+
+def _download(hub: str, repository: str, file: str, into: Path) -> Path:
+    """One file of a data set, kept for the next time."""
+    target = into / hub / repository.replace("/", "--")
+    repository, _, revision = repository.partition("@")
+    if (target / file).is_file():
+        return target / file
+    try:
+        if hub == "huggingface":
+            from huggingface_hub import hf_hub_download
+
+            hf_hub_download(
+                repository,
+                file,
+                repo_type="dataset",
+                revision=revision or None,
+                local_dir=target,
+            )
+        else:
+            from modelscope import snapshot_download
+
+            snapshot_download(
+                repository,
+                repo_type="dataset",
+                revision=revision or None,
+                local_dir=str(target),
+                allow_patterns=[file],
+            )
+    except Exception as error:
+        # Both hubs raise dozens of kinds, of several HTTP libraries; all mean the same here.
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise SourceError(reason[0]) from error
+    if not (target / file).is_file():
+        raise SourceError("the file is not there")
+    return target / file
+
+
 # --- wikitext ---------------------------------------------------------------
 
 _WIKITEXT_NBYTES = 1_290_590
 _WIKITEXT_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
-_WIKITEXT_OFFLINE = (
-    "wiki.test.raw",
-    "wikitext-2-raw/wiki.test.raw",
-    "wikitext.txt",
-    "wikitext-2/wiki.test.raw",
-    "wikitext-2/test.txt",
-    "wikitext-2-raw-v1/test-00000-of-00001.parquet",
-    "test-00000-of-00001.parquet",
-    "wikitext.parquet",
-)
-# Hub, data set, file. The zip is the one that llama.cpp's get-wikitext-2.sh takes.
-_WIKITEXT_ONLINE = (
-    ("huggingface", "ggml-org/ci", "wikitext-2-raw-v1.zip"),
-    ("huggingface", "Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet"),
-    ("modelscope", "modelscope/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet"),
+
+
+def _read_wikitext(path: Path) -> str:
+    if path.suffix != ".zip":
+        return read_file(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.read("wikitext-2-raw/wiki.test.raw").decode()
+    except (zipfile.BadZipFile, KeyError, UnicodeDecodeError) as error:
+        raise _damaged(path, error) from error
+
+
+_WIKITEXT = _DataSet(
+    "wikitext",
+    offline=(
+        "wiki.test.raw",
+        "wikitext-2-raw/wiki.test.raw",
+        "wikitext.txt",
+        "wikitext-2/wiki.test.raw",
+        "wikitext-2/test.txt",
+        "wikitext-2-raw-v1/test-00000-of-00001.parquet",
+        "test-00000-of-00001.parquet",
+        "wikitext.parquet",
+    ),
+    # The zip is the one that llama.cpp's get-wikitext-2.sh takes.
+    online=(
+        ("huggingface", "ggml-org/ci", "wikitext-2-raw-v1.zip"),
+        ("huggingface", "Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet"),
+        ("modelscope", "modelscope/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet"),
+    ),
+    read=_read_wikitext,
 )
 
 
@@ -337,39 +460,7 @@ def _wikitext(text_dir: Path | None, texts: Path, progress: Progress) -> tuple[s
     of GGUFs are measured on. transformers' recipe joins rows with blank lines
     instead and gives other numbers.
     """
-    for name in _WIKITEXT_OFFLINE if text_dir else ():
-        path = Path(text_dir or "", name)
-        if path.is_file():
-            return _checked_wikitext(read_file(path), str(path), progress)
-    failures = []
-    first = settings.hub()
-    for hub, repository, file in sorted(_WIKITEXT_ONLINE, key=lambda row: row[0] != first):
-        origin = f"{hub} {repository} {file}"
-        try:
-            path = _download(hub, repository, file, texts / "wikitext")
-        except SourceError as error:
-            failures.append(f"{origin}: {error.message}")
-            continue
-        return _checked_wikitext(_read_wikitext(path), origin, progress)
-    raise SourceError(
-        "wikitext cannot be fetched:\n  " + "\n  ".join(failures),
-        "Put wiki.test.raw into a directory and name that with --text-dir, or use another text",
-    )
-
-
-def _read_wikitext(path: Path) -> str:
-    if path.suffix != ".zip":
-        return read_file(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.read("wikitext-2-raw/wiki.test.raw").decode()
-    except (zipfile.BadZipFile, KeyError, UnicodeDecodeError) as error:
-        raise IntegrityError(
-            f"{path} is damaged: {error}", f"Remove {path} and try again"
-        ) from error
-
-
-def _checked_wikitext(content: str, source: str, progress: Progress) -> tuple[str, str]:
+    content, source = _WIKITEXT(text_dir, texts, progress)
     raw = content.encode()
     if hashlib.sha256(raw).hexdigest() != _WIKITEXT_SHA256:
         progress.warn(
@@ -379,29 +470,159 @@ def _checked_wikitext(content: str, source: str, progress: Progress) -> tuple[st
     return content, source
 
 
-def _download(hub: str, repository: str, file: str, into: Path) -> Path:
-    """One file of a data set, kept for the next time."""
-    target = into / hub / repository.replace("/", "--")
-    if (target / file).is_file():
-        return target / file
+# --- large collections: C4 and the Pile -------------------------------------
+
+HEAD_CHARACTERS = 4_000_000
+"""What is taken of a collection that is far larger than any text that is needed."""
+
+
+def _read_head(path: Path) -> str:
+    """The first documents of JSON lines, packed or not, with a blank line between."""
+    if path.suffix == ".txt":
+        return read_file(path)
+    documents: list[str] = []
+    length = 0
+    for document in _documents(path):
+        if length >= HEAD_CHARACTERS:
+            break
+        documents.append(document)
+        length += len(document) + 2
+    return "\n\n".join(documents)[:HEAD_CHARACTERS]
+
+
+def _documents(path: Path) -> Iterator[str]:
+    """The ``text`` of each row, read no further than asked for."""
+    damage = (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError)
     try:
-        if hub == "huggingface":
-            from huggingface_hub import hf_hub_download
+        for line in _unpacked_lines(path):
+            if document := json.loads(line)["text"].strip():
+                yield document
+    except damage as error:
+        raise _damaged(path, error) from error
 
-            hf_hub_download(repository, file, repo_type="dataset", local_dir=target)
-        else:
-            from modelscope import snapshot_download
 
-            snapshot_download(
-                repository, repo_type="dataset", local_dir=str(target), allow_patterns=[file]
-            )
-    except Exception as error:
-        # Both hubs raise dozens of kinds, of several HTTP libraries; all mean the same here.
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise SourceError(reason[0]) from error
-    if not (target / file).is_file():
-        raise SourceError("the file is not there")
-    return target / file
+def _unpacked_lines(path: Path) -> Iterator[str]:
+    if path.suffix == ".gz":
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            yield from file
+    elif path.suffix == ".zst":
+        yield from _zstd_lines(path)
+    else:
+        with path.open(encoding="utf-8") as file:
+            yield from file
+
+
+def _zstd_lines(path: Path) -> Iterator[str]:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise SourceError(
+            f"Reading {path.name} needs the package zstandard", 'pip install "ggufkit[texts]"'
+        ) from error
+    unpacker = zstandard.ZstdDecompressor()
+    try:
+        with path.open("rb") as raw, unpacker.stream_reader(raw, read_across_frames=True) as file:
+            yield from io.TextIOWrapper(file, "utf-8")
+    except zstandard.ZstdError as error:
+        raise _damaged(path, error) from error
+
+
+_C4 = _DataSet(
+    "c4",
+    offline=(
+        "c4-validation.00000-of-00008.json.gz",
+        "en/c4-validation.00000-of-00008.json.gz",
+        "c4-validation.00000-of-00008.json",
+        "c4.jsonl",
+        "c4.txt",
+    ),
+    online=(
+        ("huggingface", "allenai/c4", "en/c4-validation.00000-of-00008.json.gz"),
+        ("modelscope", "allenai/c4", "en/c4-validation.00000-of-00008.json.gz"),
+    ),
+    read=_read_head,
+)
+_PILEVAL = _DataSet(
+    "pileval",
+    offline=("val.jsonl.zst", "pile-val-backup/val.jsonl.zst", "pileval.jsonl", "pileval.txt"),
+    online=(
+        ("huggingface", "mit-han-lab/pile-val-backup", "val.jsonl.zst"),
+        ("modelscope", "swift/pile-val-backup", "val.jsonl.zst"),
+    ),
+    read=_read_head,
+)
+
+
+# --- Penn Treebank ----------------------------------------------------------
+
+
+def _read_ptb(path: Path) -> str:
+    if path.suffix == ".txt":
+        return read_file(path)
+    # The data set's loader stripped the lines of ptb.test.txt.
+    return "".join(f" {sentence} \n" for sentence in _arrow_rows(path, "sentence"))
+
+
+_PTB = _DataSet(
+    "ptb",
+    offline=("ptb.test.txt", "ptb/ptb.test.txt", "penn_treebank/test/0000.parquet", "ptb.txt"),
+    # Of the first there are only a script, which nothing should run, and what the hub made of it.
+    online=(
+        (
+            "huggingface",
+            "ptb-text-only/ptb_text_only@refs/convert/parquet",
+            "penn_treebank/test/0000.parquet",
+        ),
+        ("huggingface", "FALcon6/ptb_text_only", "penn_treebank/test/0000.parquet"),
+    ),
+    read=_read_ptb,
+)
+
+
+# --- Alpaca -----------------------------------------------------------------
+
+_ALPACA_KEYS = ("instruction", "input", "output")
+_ALPACA_FILE = "train-00000-of-00001-a09b74b3ef9c3b56.parquet"
+
+
+def _read_alpaca(path: Path) -> str:
+    """JSON lines of the first instructions and outputs."""
+    lines: list[str] = []
+    length = 0
+    for row in _alpaca_rows(path):
+        if length >= HEAD_CHARACTERS:
+            break
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+        length += len(lines[-1])
+    return "".join(lines)
+
+
+def _alpaca_rows(path: Path) -> list[dict[str, str]]:
+    if path.suffix == ".parquet":
+        columns = [_arrow_rows(path, key) for key in _ALPACA_KEYS]
+        return [dict(zip(_ALPACA_KEYS, row, strict=True)) for row in zip(*columns, strict=True)]
+    try:
+        rows = json.loads(path.read_bytes())
+        return [{key: row[key] or "" for key in _ALPACA_KEYS} for row in rows]
+    except (ValueError, LookupError, TypeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _pairs_as_text(lines: str) -> str:
+    # Not splitlines, which takes more than newlines for the end of a line.
+    rows = [json.loads(line) for line in lines.split("\n") if line]
+    return "\n\n".join("\n".join(row[k] for k in _ALPACA_KEYS if row[k]) for row in rows)
+
+
+_ALPACA = _DataSet(
+    "alpaca",
+    offline=(_ALPACA_FILE, f"data/{_ALPACA_FILE}", "alpaca_data.json"),
+    online=(
+        ("huggingface", "tatsu-lab/alpaca", f"data/{_ALPACA_FILE}"),
+        ("modelscope", "angelala00/tatsu-lab-alpaca", _ALPACA_FILE),
+    ),
+    read=_read_alpaca,
+)
 
 
 # --- Python's own documentation ---------------------------------------------
@@ -476,6 +697,10 @@ def _docstrings(path: Path) -> Iterator[str]:
 
 BUILT_IN: dict[str, BuiltIn] = {
     "wikitext": BuiltIn("test part of wikitext-2-raw-v1", _wikitext),
+    "c4": BuiltIn("start of the English validation part of C4", _C4),
+    "pileval": BuiltIn("start of the validation part of the Pile", _PILEVAL),
+    "ptb": BuiltIn("test part of the Penn Treebank", _PTB),
+    "alpaca": BuiltIn("instructions and answers", _ALPACA, pairs=True),
     "pydoc": BuiltIn("Python's language reference", _pydoc),
     "pydoc-calibration": BuiltIn("every other topic of pydoc", _pydoc_calibration),
     "pydoc-measure": BuiltIn("the topics of pydoc that are left", _pydoc_measure),

@@ -16,7 +16,7 @@ from ggufkit.checkpoint.index import CheckpointIndex
 from ggufkit.llamacpp.ggml import Ggml
 from ggufkit.progress import Progress
 from ggufkit.scaling.families import Family
-from ggufkit.scaling.fold import read_scales, write_scales
+from ggufkit.scaling.fold import CLIP, read_scales, write_scales
 from ggufkit.scaling.groups import BlockGroup, block_count
 from ggufkit.scaling.importance import IMPORTANCE_FILE, read_importance, write_importance
 from ggufkit.scaling.search import Found, GroupObjective, search_group
@@ -40,12 +40,14 @@ class Job:
         importance: whether they will be quantized with an importance matrix.
         exact: whether scales have to be powers of two, which fold into 16-bit
             floats without rounding.
+        clip: whether to clip weights too, which changes the function.
     """
 
     directory: Path
     plan: Mapping[str, str]
     importance: bool = False
     exact: bool = False
+    clip: bool = False
 
 
 def search_scales(
@@ -56,6 +58,7 @@ def search_scales(
     ggml: Ggml,
     progress: Progress,
     *,
+    token_weights: "Mapping[str, torch.Tensor] | None" = None,
     trust_remote_code: bool = False,
 ) -> dict[str, dict[str, Json]]:
     """Search scales for all jobs in one pass over the calibration sequences.
@@ -67,6 +70,7 @@ def search_scales(
         jobs: the searches.
         ggml: the quantizer.
         progress: told block by block.
+        token_weights: how often each token counts, by name of the group.
         trust_remote_code: let transformers run the checkpoint's own code.
 
     Returns:
@@ -90,6 +94,7 @@ def search_scales(
             visit,
             scratch=jobs[0].directory,
             wanted=lambda number: not all(w.has(number) for w in workers),
+            token_weights=token_weights,
             trust_remote_code=trust_remote_code,
         )
     return {worker.job.directory.name: worker.finish(blocks) for worker in workers}
@@ -114,16 +119,19 @@ class _Worker:
     def search(self, visit: BlockVisit) -> None:
         scales, losses = {}, []
         for group in visit.groups:
-            found = self._search_group(visit, group)
+            found, limits = self._search_group(visit, group)
             losses.append([found.loss_plain, found.loss])
             scales[group.name] = found.scales
+            scales |= {group.consumers[n] + CLIP: limit for n, limit in limits.items()}
         self._block_file(visit.number, "json").write_text(json.dumps(losses), encoding="utf-8")
         write_importance(self._block_file(visit.number, IMPORTANCE_FILE), visit.squares())
         scratch = self._block_file(visit.number, "tmp")
         write_scales(scratch, scales)
         scratch.replace(self._block_file(visit.number, SCALES_FILE))
 
-    def _search_group(self, visit: BlockVisit, group: BlockGroup) -> Found:
+    def _search_group(
+        self, visit: BlockVisit, group: BlockGroup
+    ) -> "tuple[Found, dict[int, torch.Tensor]]":
         weights = [visit.weights[name] for name in group.consumers]
         if self._family.transposed:
             weights = [w.T.contiguous() for w in weights]
@@ -132,7 +140,9 @@ class _Worker:
         objective = GroupObjective(
             self._ggml, weights, kinds, statistics.gram, importance=self.job.importance
         )
-        return search_group(objective, weights, statistics, group, exact=self.job.exact)
+        found = search_group(objective, weights, statistics, group, exact=self.job.exact)
+        limits = objective.clip_limits(group.to_inputs(found.scales)) if self.job.clip else {}
+        return found, limits
 
     def finish(self, blocks: int) -> dict[str, Json]:
         scales: dict[str, torch.Tensor] = {}
@@ -149,4 +159,7 @@ class _Worker:
             "objective": math.fsum(loss for _, loss in losses),
             "groups": len(losses),
             "groups_left_alone": sum(plain == loss for plain, loss in losses),
+            "rows_clipped": sum(
+                int(limit.isfinite().sum()) for n, limit in scales.items() if n.endswith(CLIP)
+            ),
         }

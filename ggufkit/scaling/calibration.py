@@ -8,10 +8,13 @@ they show whether the result is good.
 
 import json
 import random
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
 
 from ggufkit.checkpoint.index import CheckpointIndex
 from ggufkit.errors import CheckpointError, GgufkitError
@@ -24,11 +27,22 @@ HELD_BACK = 8
 """Sequences held back, beside those asked for; fewer if the text is short."""
 _CHARACTERS_PER_TOKEN = 64
 """A text with more characters than this per token needed is read in windows."""
-_WINDOW_PER_TOKEN = 8
-"""Characters of a window per token of a sequence: enough in any script."""
-_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
-"""Names that ShareGPT's files use for roles."""
-_ROLES_KNOWN = {"system", "user", "assistant", "tool"}
+_WINDOWS_PER_TOKEN = (8, _CHARACTERS_PER_TOKEN)
+"""Characters of a window per token of a sequence: enough in any script, but
+not for drawings and tables, whose long runs of one character are one token."""
+_LONG_WORD = 64
+"""A window begins with a whole word, unless it has none for so many characters."""
+_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "developer": "system",
+}
+"""Other names for roles, in ShareGPT's files and in OpenAI's newer ones."""
+_ROLES_KNOWN = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
@@ -87,61 +101,94 @@ def read_documents(
     documents = []
     for number, row in _rows(path):
         try:
-            turns = _chat(row) if kind == "chats" else _pair(row)
+            turns = _turns(row, kind)
         except (KeyError, TypeError, ValueError) as error:
             raise GgufkitError(
-                f"line {number} of {path.name} is not like the first: {error}",
+                f"line {number} of {path.name} is not like the first: {_reason(error)}",
                 f"Every line needs one of {', '.join(CHAT_KEYS)}, or a pair such as "
                 f"{' and '.join(PAIR_KEYS[0])}",
             ) from error
-        if template:
-            documents.append(tokenizer.apply_chat_template(turns, tokenize=False))
-        else:
+        if not template:
             documents.append("\n".join(turn["content"] for turn in turns))
+            continue
+        try:
+            documents.append(tokenizer.apply_chat_template(turns, tokenize=False))
+        except TemplateError as error:
+            raise CheckpointError(
+                f"the chat template of {index.path.name} refuses line {number} of {path.name}: "
+                f"{error}",
+                "Change or remove that line; some templates take no system message, or want "
+                "user and assistant in turn",
+            ) from error
     return documents, kind
 
 
+def _reason(error: Exception) -> str:
+    return f"it has no {error}" if isinstance(error, KeyError) else str(error)
+
+
 def _kind_of(path: Path) -> str:
-    if path.suffix.lower() not in (".jsonl", ".ndjson"):
+    if path.suffix.lower() not in _JSON_SUFFIXES:
         return "text"
     return next((row_kind(row) for _, row in _rows(path)), "text")
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Json]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            line = raw.removeprefix(BOM_UTF8) if number == 1 else raw
             if line.strip():
                 try:
-                    yield number, json.loads(line)
-                except ValueError as error:
-                    raise GgufkitError(f"line {number} of {path.name} is not JSON") from error
+                    yield number, json.loads(line.decode())
+                except (ValueError, RecursionError) as error:
+                    raise GgufkitError(
+                        f"line {number} of {path.name} is not JSON: {error}",
+                        "One JSON object on each line is needed, in UTF-8",
+                    ) from error
+
+
+def _turns(row: Json, kind: str) -> list[dict[str, str]]:
+    if not isinstance(row, dict):
+        raise TypeError("no JSON object")
+    return _chat(row) if kind == "chats" else _pair(row)
 
 
 def _chat(row: Json) -> list[dict[str, str]]:
     turns = next((row[key] for key in CHAT_KEYS if key in row), None)
-    if not turns:
+    if not turns or not isinstance(turns, list):
         raise ValueError("a chat without turns")
     return [_turn(turn) for turn in turns]
 
 
 def _turn(turn: Json) -> dict[str, str]:
-    role = turn["role"] if "role" in turn else turn["from"]
+    if not isinstance(turn, dict):
+        raise TypeError("a turn that is no object")
+    role = turn["from"] if "from" in turn else turn["role"]
     role = _ROLES.get(role, role)
     if role not in _ROLES_KNOWN:
-        raise ValueError(f"unknown role '{role}'")
-    content = turn["content"] if "content" in turn else turn["value"]
-    if not isinstance(content, str):
-        raise TypeError("a turn whose content is not text")
-    return {"role": role, "content": content}
+        raise ValueError(f"unknown role '{role}' (known are {', '.join((*_ROLES_KNOWN, *_ROLES))})")
+    content = turn["value"] if "value" in turn else turn["content"]
+    return {"role": role, "content": _text(content, "a turn whose content")}
 
 
 def _pair(row: Json) -> list[dict[str, str]]:
     asked, answered = next((p for p in PAIR_KEYS if set(p) <= row.keys()), PAIR_KEYS[0])
-    question = "\n\n".join(part for part in (row[asked], row.get("input", "")) if part)
+    context = row.get("input") or ""
+    parts = _text(row[asked], f"'{asked}'"), _text(context, "'input'")
     return [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": row[answered]},
+        {"role": "user", "content": "\n\n".join(part for part in parts if part)},
+        {"role": "assistant", "content": _text(row[answered], f"'{answered}'")},
     ]
+
+
+def _text(value: Json, what: str) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{what} is not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} has half a surrogate pair") from error
+    return value
 
 
 def cut_sequences(
@@ -171,8 +218,7 @@ def cut_sequences(
     tokenizer = _tokenizer(index, trust_remote_code)
     prefix = [t for t in tokenizer("").input_ids if t == tokenizer.bos_token_id]
     body = length - len(prefix)
-    pieces = _windows(documents, samples + HELD_BACK, length)
-    tokens = [t for piece in pieces for t in tokenizer(piece, add_special_tokens=False).input_ids]
+    tokens, characters = _read(documents, tokenizer, samples + HELD_BACK, length)
     available = len(tokens) // body
     if available < 2:
         raise GgufkitError(
@@ -191,6 +237,8 @@ def cut_sequences(
     used = cut[~aside]
     facts = {
         "documents": len(documents),
+        "characters": sum(map(len, documents)),
+        "characters_read": characters,
         "tokens_available": len(tokens),
         "sequences": len(used),
         "held_back": held,
@@ -198,16 +246,36 @@ def cut_sequences(
     return Sequences(used, cut[aside], facts)
 
 
-def _windows(documents: Sequence[str], wanted: int, length: int) -> Sequence[str]:
-    """The documents, or evenly spread windows of them if they are many times too long."""
+def _read(
+    documents: Sequence[str], tokenizer: Any, wanted: int, length: int
+) -> tuple[list[int], int]:
+    """The documents as tokens, and how many characters were read for them.
+
+    Of documents that are many times too long, as many evenly spread windows are
+    read as sequences are wanted.
+    """
     total = sum(map(len, documents))
     if total <= _CHARACTERS_PER_TOKEN * wanted * length:
-        return documents
+        return _tokens(documents, tokenizer), total
     text = "".join(documents)
-    size = _WINDOW_PER_TOKEN * length
-    starts = [round(i * (total - size) / (wanted - 1)) for i in range(wanted)]
-    # From the first whole word on.
-    return [text[start : start + size].partition(" ")[2] for start in starts]
+    for per_token in _WINDOWS_PER_TOKEN:
+        size = per_token * length
+        starts = [round(i * (total - size) / (wanted - 1)) for i in range(wanted)]
+        windows = [_from_a_word(text[start : start + size]) for start in starts]
+        tokens = _tokens(windows, tokenizer)
+        if len(tokens) >= wanted * length:
+            break
+    return tokens, sum(map(len, windows))
+
+
+def _tokens(pieces: Sequence[str], tokenizer: Any) -> list[int]:
+    return [t for piece in pieces for t in tokenizer(piece, add_special_tokens=False).input_ids]
+
+
+def _from_a_word(text: str) -> str:
+    """The text from its first whole word on; as it is in scripts that write no spaces."""
+    part, _, rest = text.partition(" ")
+    return rest if len(part) <= _LONG_WORD else text
 
 
 def text_of(

@@ -4,6 +4,9 @@
 ``<blocks>.<block>.<group>``, with one value per scaled output of the producer.
 Folding divides the producer's outputs and multiplies the consumers' columns, so
 the function of the model in real numbers is unchanged.
+
+Where clipping was asked for, ``<tensor>:clip`` holds the largest magnitude that
+each row of the folded tensor may have; that does change the function.
 """
 
 from collections.abc import Mapping
@@ -20,7 +23,11 @@ from ggufkit.scaling.groups import BlockGroup, all_groups
 if TYPE_CHECKING:
     import torch
 
+CLIP = ":clip"
+"""Ends the names of limits on weights, which stand beside the scales."""
+
 Scales = Mapping[str, "torch.Tensor"]
+_HINT = "Give the scales of this very checkpoint, or leave out --scales to search for some"
 
 
 @dataclass
@@ -33,6 +40,7 @@ class Change:
         multiply: one value per input, or None.
         transposed: whether the tensor is (inputs, outputs).
         offset: what the model adds to it before use.
+        limit: largest magnitude of each row of the result, or None.
     """
 
     dtype: str
@@ -40,6 +48,7 @@ class Change:
     multiply: "torch.Tensor | None" = None
     transposed: bool = False
     offset: float = 0.0
+    limit: "torch.Tensor | None" = None
 
     def __call__(self, tensor: "torch.Tensor") -> "torch.Tensor":
         """The tensor with its scales folded in, in ``dtype``."""
@@ -50,6 +59,9 @@ class Change:
             folded = folded / (self.divide[:, None] if across else self.divide)
         if self.multiply is not None:
             folded = folded * (self.multiply[:, None] if self.transposed else self.multiply)
+        if self.limit is not None:
+            limit = self.limit if self.transposed else self.limit[:, None]
+            folded = folded.clamp(-limit, limit)
         return (folded - self.offset).to(torch_dtypes()[self.dtype])
 
 
@@ -70,14 +82,23 @@ def changes_of(
         IntegrityError: if the scales do not belong to this checkpoint.
     """
     groups = all_groups(index, family)
-    if {g.name for g in groups} != set(scales):
-        raise IntegrityError("the scales are not for this checkpoint: other blocks or groups")
+    limits = {n.removesuffix(CLIP): s for n, s in scales.items() if n.endswith(CLIP)}
+    if {g.name for g in groups} != {n for n in scales if not n.endswith(CLIP)}:
+        raise IntegrityError(
+            "the scales are not for this checkpoint: other blocks or groups", _HINT
+        )
     changes: dict[str, Change] = {}
     for group in groups:
         scale = scales[group.name].double()
         _check(group, scale)
         if not bool((scale == 1).all()):
             _add(changes, index, family, group, scale)
+    for name, limit in limits.items():
+        if name not in index.tensors:
+            raise IntegrityError(f"the scales are not for this checkpoint: it has no {name}", _HINT)
+        change = changes.setdefault(name, Change(index.tensors[name].dtype))
+        change.transposed = family.transposed
+        change.limit = limit.double()
     for change in changes.values():
         # A norm that is kept as w - 1 loses digits when 1 + w is divided.
         change.dtype = dtype or ("F32" if change.offset else change.dtype)
@@ -113,15 +134,19 @@ def _check(group: BlockGroup, scale: "torch.Tensor") -> None:
     if scale.shape != (group.width,):
         raise IntegrityError(
             f"the scales are not for this checkpoint: {group.name} has {group.width} scales, "
-            f"the file {scale.shape[0] if scale.ndim else 1}"
+            f"the file {scale.shape[0] if scale.ndim else 1}",
+            _HINT,
         )
     if not bool((scale.isfinite() & (scale > 0)).all()):
-        raise IntegrityError(f"the scales of {group.name} are not all positive numbers")
+        raise IntegrityError(f"the scales of {group.name} are not all positive numbers", _HINT)
 
 
 def powers_of_two(scales: Scales) -> "dict[str, torch.Tensor]":
     """The nearest powers of two, which fold into 16-bit floats without rounding."""
-    return {name: scale.log2().round().exp2() for name, scale in scales.items()}
+    return {
+        name: scale if name.endswith(CLIP) else scale.log2().round().exp2()
+        for name, scale in scales.items()
+    }
 
 
 def write_scales(path: Path, scales: Scales) -> None:

@@ -5,6 +5,7 @@ being read once and folded exactly as they will be written. What is compared is
 what the model is for: the distributions over the next token.
 """
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 LIMIT = 5e-5
 """Mean KL divergence, in nats, above which a fold is not published."""
-_POSITIONS = 256
+POSITIONS = 128
 """Positions of a sequence that are compared: enough for a mean of such size."""
 
 
@@ -49,7 +50,7 @@ def fold_divergence(
 
     changes = changes_of(index, family, scales, dtype)
     count, length = sequences.shape
-    positions = torch.arange(length // 4, length)[:: max(1, length // _POSITIONS)]
+    positions = torch.arange(length // 4, length)[:: max(1, length // POSITIONS)]
 
     def each(block: LoadedBlock, hidden: "torch.Tensor") -> "torch.Tensor":
         """Run the first half as it is and the second with scales folded in."""
@@ -63,11 +64,13 @@ def fold_divergence(
     with streamed_model(index, family, scratch, trust_remote_code=trust_remote_code) as model:
         logits = model.logits(sequences.repeat(2, 1), each, positions)
     original, folded = logits.chunk(2)
-    total = 0.0
-    for before, after in zip(original, folded, strict=True):
-        p, q = before.double().log_softmax(-1), after.double().log_softmax(-1)
-        total += float((p.exp() * (p - q)).sum(-1).mean())
-    return total / count
+    pairs = zip(original.flatten(0, 1), folded.flatten(0, 1), strict=True)
+    return math.fsum(_divergence(p, q) for p, q in pairs) / (count * len(positions))
+
+
+def _divergence(original: "torch.Tensor", folded: "torch.Tensor") -> float:
+    p, q = original.double().log_softmax(-1), folded.double().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum())
 
 
 def require_same_function(divergence: float, name: str) -> None:

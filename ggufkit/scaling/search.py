@@ -29,6 +29,8 @@ FINE_STEPS = (0.1, 0.05)
 """Half-widths of the following rounds around the best so far."""
 SHIFTS = (0.25, 0.5, 0.75)
 """Where between two powers of two to round, as an exponent of two."""
+CLIP_RATIOS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+"""Shares of a row's largest weight to clip at, where clipping is asked for."""
 QUICK_TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
 """Types that round without a search, unless there is an importance matrix."""
 SAMPLE_ROWS = 192
@@ -59,8 +61,9 @@ class Found:
 
 @dataclass(frozen=True)
 class _Part:
-    """Some rows of one consumer, each standing for ``shares`` rows."""
+    """Some rows of one consumer (by its position), each standing for ``shares`` rows."""
 
+    consumer: int
     weight: "torch.Tensor"
     kind: GgmlType
     shares: "torch.Tensor | None" = None
@@ -91,8 +94,8 @@ class GroupObjective:
         self._gram = gram
         self._squares = gram.diagonal().clone() if importance else None
         self._all = [
-            _Part(w.contiguous(), kind)
-            for w, kind in zip(weights, kinds, strict=True)
+            _Part(number, weight.contiguous(), kind)
+            for number, (weight, kind) in enumerate(zip(weights, kinds, strict=True))
             if kind.is_quantized
         ]
         errors = [self._row_errors(part, None) for part in self._all]
@@ -128,12 +131,44 @@ class GroupObjective:
             total += float((errors if part.shares is None else errors * part.shares).sum())
         return total
 
-    def _row_errors(self, part: _Part, scales: "torch.Tensor | None") -> "torch.Tensor":
+    def clip_limits(self, scales: "torch.Tensor") -> "dict[int, torch.Tensor]":
+        """Limits on the scaled weights of each row that lower its error.
+
+        Args:
+            scales: of each input, shape (inputs,).
+
+        Returns:
+            By position of the consumer: float32, shape (rows,), infinite where
+            nothing is gained. Consumers without any gain are left out.
+        """
+        import torch
+
+        limits = {}
+        for part in self._all:
+            peak = (part.weight * scales).abs().amax(1)
+            best = self._row_errors(part, scales)
+            chosen = torch.full_like(peak, torch.inf)
+            for ratio in CLIP_RATIOS:
+                errors = self._row_errors(part, scales, ratio * peak)
+                chosen = torch.where(errors < best, ratio * peak, chosen)
+                best = torch.minimum(errors, best)
+            if bool(chosen.isfinite().any()):
+                limits[part.consumer] = chosen
+        return limits
+
+    def _row_errors(
+        self,
+        part: _Part,
+        scales: "torch.Tensor | None",
+        limit: "torch.Tensor | None" = None,
+    ) -> "torch.Tensor":
         """Expected squared error of each output, shape (rows,)."""
         import torch
 
         weight = part.weight
         scaled = weight if scales is None else weight * scales
+        if limit is not None:
+            scaled = scaled.clamp(-limit[:, None], limit[:, None])
         squares = self._squares
         if squares is not None and scales is not None:
             squares = squares / scales.square()
@@ -166,7 +201,7 @@ def _sampled(part: _Part, errors: "torch.Tensor") -> _Part:
     chance = chance.clamp(max=1.0)
     steps = (chance.cumsum(0) + 0.5).floor()
     taken = (steps.diff(prepend=torch.zeros(1, dtype=steps.dtype)) > 0).nonzero()[:, 0]
-    return _Part(part.weight[taken].contiguous(), part.kind, 1 / chance[taken])
+    return _Part(part.consumer, part.weight[taken].contiguous(), part.kind, 1 / chance[taken])
 
 
 def search_group(

@@ -92,6 +92,7 @@ def visit_blocks(
     scratch: Path,
     wanted: Callable[[int], bool] = lambda _: True,
     with_groups: bool = True,
+    token_weights: "Mapping[str, torch.Tensor] | None" = None,
     trust_remote_code: bool = False,
 ) -> None:
     """Run the model over the sequences and call ``visit`` after each block.
@@ -105,6 +106,8 @@ def visit_blocks(
         wanted: which blocks to gather statistics for and to visit; the others
             only run forward, so an interrupted search goes on where it stopped.
         with_groups: whether second moments are wanted, not only mean squares.
+        token_weights: how often each token counts, by name of the group, float32,
+            shape (sequences * tokens,); once if it is not there.
         trust_remote_code: let transformers run the checkpoint's own code.
 
     Raises:
@@ -115,7 +118,7 @@ def visit_blocks(
         if not wanted(block.number):
             return block.forward(hidden)
         groups = tuple(groups_of(index, family, block.number)) if with_groups else ()
-        with _Gathering(family, block, groups) as gathering:
+        with _Gathering(family, block, groups, token_weights or {}) as gathering:
             hidden = block.forward(hidden)
         visit(
             BlockVisit(block.number, block.weights, groups, gathering.statistics, gathering.squares)
@@ -136,10 +139,15 @@ class _Moments:
         where: name for errors.
         width: number of inputs.
         whole: gather the second moment, not only its diagonal.
+        weights: how often each token to come counts, in their order.
     """
 
-    def __init__(self, where: str, width: int, whole: bool) -> None:
+    def __init__(
+        self, where: str, width: int, whole: bool, weights: "torch.Tensor | None" = None
+    ) -> None:
         import torch
+
+        self._weights = weights
 
         self._where = where
         self._tokens = 0
@@ -147,7 +155,9 @@ class _Moments:
         self._sum = torch.zeros((width, width) if whole else (width,), dtype=torch.float64)
 
     def __call__(self, module: Any, inputs: tuple["torch.Tensor", ...]) -> None:
-        self.add(inputs[0])
+        x = inputs[0].reshape(-1, inputs[0].shape[-1])
+        weights = self._weights
+        self.add(x, None if weights is None else weights[self._tokens : self._tokens + len(x)])
 
     def add(self, x: "torch.Tensor", weight: "torch.Tensor | None" = None) -> None:
         """Add inputs, last dimension their width; each counts ``weight`` times."""
@@ -180,7 +190,14 @@ class _Moments:
 class _Gathering:
     """Watches a block while it runs."""
 
-    def __init__(self, family: Family, block: LoadedBlock, groups: tuple[BlockGroup, ...]) -> None:
+    def __init__(
+        self,
+        family: Family,
+        block: LoadedBlock,
+        groups: tuple[BlockGroup, ...],
+        token_weights: "Mapping[str, torch.Tensor]",
+    ) -> None:
+        self._token_weights = token_weights
         self._family = family
         self._block = block
         self._prefix = f"{family.blocks}.{block.number}."
@@ -191,17 +208,18 @@ class _Gathering:
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        family, weights = self._family, self._block.weights
+        family, tensors = self._family, self._block.weights
         for group in self._groups:
             if group.expert is None:
-                moments = _Moments(group.name, group.inputs, whole=True)
+                weights = self._token_weights.get(group.name)
+                moments = _Moments(group.name, group.inputs, whole=True, weights=weights)
                 self._of_group[group.name] = moments
                 self._of_map |= dict.fromkeys(group.consumers, moments)
                 self._watch(self._module_of(group.consumers[0]), moments)
         for name, module in self._block.module.named_modules():
             weight = f"{self._prefix}{family.in_file(name)}.weight"
-            if weight in weights and weight not in self._of_map and _is_linear(module):
-                width = weights[weight].shape[0 if family.transposed else 1]
+            if weight in tensors and weight not in self._of_map and is_linear(module):
+                width = tensors[weight].shape[0 if family.transposed else 1]
                 moments = self._of_map[weight] = _Moments(weight, width, whole=False)
                 self._watch(module, moments)
             elif family.experts and name == family.experts.module and _has_experts(module):
@@ -231,7 +249,8 @@ class _Gathering:
         return found | (self._experts.squares() if self._experts else {})
 
 
-def _is_linear(module: Any) -> bool:
+def is_linear(module: Any) -> bool:
+    """Whether a module is a linear map."""
     # transformers' Conv1D is a linear map with its weight the other way round.
     return type(module).__name__ in ("Linear", "Conv1D")
 

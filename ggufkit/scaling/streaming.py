@@ -22,7 +22,7 @@ from ggufkit.scaling.groups import expert_count
 if TYPE_CHECKING:
     import torch
 
-_TOKENS_AT_ONCE = 2048
+TOKENS_AT_ONCE = 2048
 """Tokens of a forward step inside a block: enough to keep the cores busy."""
 HIDDEN_NBYTES_IN_MEMORY = 1 << 30
 """Hidden states above this size live in a file."""
@@ -60,14 +60,38 @@ class LoadedBlock:
         """
         count, length = hidden.shape[:2]
         chosen = range(count)[within or slice(None)]
-        at_once = max(1, _TOKENS_AT_ONCE // length)
+        at_once = max(1, TOKENS_AT_ONCE // length)
         for first in chosen[::at_once]:
             part = slice(first, min(first + at_once, chosen.stop))
-            args = [_of_sequences(a, part, count) for a in self._args]
-            kwargs = {k: _of_sequences(a, part, count) for k, a in self._kwargs.items()}
-            result = self._run(hidden[part], *args, **kwargs)
-            hidden[part] = result[0] if isinstance(result, tuple) else result
+            hidden[part] = self._call(hidden[part], part, count)
         return hidden
+
+    def backward(self, states: "torch.Tensor", gradient: "torch.Tensor") -> None:
+        """Turn the gradient at the block's output into that at its input, in place.
+
+        Args:
+            states: hidden states before the block, shape (sequences, tokens, width).
+            gradient: of the loss with respect to those after it, same shape.
+        """
+        import torch
+
+        count, length = states.shape[:2]
+        at_once = max(1, TOKENS_AT_ONCE // length)
+        for first in range(0, count, at_once):
+            part = slice(first, min(first + at_once, count))
+            before = states[part].clone().requires_grad_()
+            with torch.enable_grad():
+                after = self._call(before, part, count)
+                torch.autograd.backward(after, gradient[part])
+            assert before.grad is not None
+            gradient[part] = before.grad
+
+    def _call(self, hidden: "torch.Tensor", part: slice, count: int) -> "torch.Tensor":
+        args = [_of_sequences(a, part, count) for a in self._args]
+        kwargs = {k: _of_sequences(a, part, count) for k, a in self._kwargs.items()}
+        result = self._run(hidden, *args, **kwargs)
+        after: torch.Tensor = result[0] if isinstance(result, tuple) else result
+        return after
 
 
 EachBlock = Callable[[LoadedBlock, "torch.Tensor"], "torch.Tensor"]
@@ -128,6 +152,44 @@ class StreamedModel:
         chosen: torch.Tensor = logits if own else logits[:, positions]
         return chosen.float()
 
+    def loss_gradient(self, sequences: "torch.Tensor", final: "torch.Tensor") -> "torch.Tensor":
+        """Gradient of the summed next-token loss with respect to the last hidden states.
+
+        Args:
+            sequences: token ids, int64, shape (sequences, tokens).
+            final: hidden states after the last block, shape (sequences, tokens, width).
+        """
+        import torch
+
+        self._load_around(self._model)
+        gradient = torch.empty_like(final)
+        last = len(self._blocks) - 1
+        for number, tokens in enumerate(sequences):
+            leaf = final[number : number + 1].clone().requires_grad_()
+            for position, block in enumerate(self._blocks):
+                block.forward = lambda hidden, *_, at=position, end=leaf, **__: (
+                    end if at == last else hidden
+                )
+            with torch.enable_grad():
+                logits = self._model(input_ids=tokens[None], use_cache=False).logits[0]
+                loss = torch.nn.functional.cross_entropy(
+                    logits[:-1].float(), tokens[1:], reduction="sum"
+                )
+                torch.autograd.backward(loss)
+            assert leaf.grad is not None
+            gradient[number] = leaf.grad[0]
+        for block, forward in zip(self._blocks, self._forwards, strict=True):
+            block.forward = forward
+        return gradient
+
+    @contextmanager
+    def loaded(self, block: LoadedBlock) -> Iterator[LoadedBlock]:
+        """A block that ran before, with its weights once more."""
+        block.weights = self._load_block(block.number)
+        yield block
+        block.weights = {}
+        block.module.to_empty(device="meta")
+
     @contextmanager
     def _stepping(self, each: EachBlock) -> Iterator[None]:
         for number, block in enumerate(self._blocks):
@@ -146,6 +208,7 @@ class StreamedModel:
             weights = self._load_block(number)
             block = LoadedBlock(number, module, run, weights, (args, kwargs))
             hidden = each(block, self._hold(hidden))
+            block.weights = {}
             module.to_empty(device="meta")
             return hidden
 
@@ -235,12 +298,21 @@ class StreamedModel:
 
 @contextmanager
 def streamed_model(
-    index: CheckpointIndex, family: Family, scratch: Path, *, trust_remote_code: bool = False
+    index: CheckpointIndex,
+    family: Family,
+    scratch: Path,
+    *,
+    gradients: bool = False,
+    trust_remote_code: bool = False,
 ) -> "Iterator[StreamedModel]":
-    """The model of a checkpoint, for as long as it is needed; see :class:`StreamedModel`."""
+    """The model of a checkpoint, for as long as it is needed; see :class:`StreamedModel`.
+
+    Only with ``gradients`` can blocks run backward.
+    """
     import torch
 
-    with TensorReader(index) as reader, torch.inference_mode():
+    mode = torch.no_grad() if gradients else torch.inference_mode()
+    with TensorReader(index) as reader, mode:
         yield StreamedModel(index, family, reader, scratch, trust_remote_code)
 
 
@@ -255,7 +327,7 @@ def _empty_model(index: CheckpointIndex, trust_remote_code: bool) -> Any:
         model = AutoModelForCausalLM.from_config(
             config, trust_remote_code=trust_remote_code, dtype=torch.float32
         )
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 def load_finite(reader: TensorReader, name: str) -> "torch.Tensor":

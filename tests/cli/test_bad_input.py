@@ -112,7 +112,43 @@ def test_an_unknown_type(convert: Run, models: Path, tmp_path: Path) -> None:
 
 def test_awq_on_a_gguf(convert: Run, demo_gguf: Path) -> None:
     told = convert(demo_gguf, "--awq", "--type", "q4_0")
-    refused(told, 2, "AWQ folds scales into a checkpoint", "leave out --awq")
+    refused(told, 2, "AWQ and --imatrix auto work on a checkpoint", "leave out --awq")
+
+
+def test_options_of_awq_that_clash(convert: Run, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint")
+    told = convert(checkpoint, "--guard")
+    refused(told, 2, "--guard compares AWQ with doing without it", "Add --awq")
+    (tmp_path / "imatrix.gguf").touch()
+    told = convert(checkpoint, "--awq", "--imatrix", tmp_path / "imatrix.gguf")
+    refused(told, 2, "before scales are folded in", "--imatrix auto")
+    told = convert(checkpoint, "--imatrix", tmp_path / "nowhere.gguf")
+    refused(told, 2, "There is no importance matrix", "--imatrix auto")
+
+
+def test_scales_of_another_model(run_cli: Run, models: Path, tmp_path: Path) -> None:
+    ours = make_checkpoint(tmp_path / "ours")
+    theirs = make_checkpoint(tmp_path / "theirs", layers=1)
+    small = ("--calibration-samples", 2, "--calibration-length", 64, "--calibration", "pydoc")
+    code, _, _ = run_cli("--models-dir", models, "awq", theirs, "-o", tmp_path / "a", *small)
+    assert code == 0
+    scales = tmp_path / "a" / "awq" / "scales.safetensors"
+    told = run_cli(
+        *("--models-dir", models, "awq", ours, "-o", tmp_path / "b", "--scales", scales, *small)
+    )
+    refused(told, 3, "scales are not for this checkpoint", "leave out --scales")
+    assert not (tmp_path / "b").exists()
+
+
+def test_too_little_memory(
+    convert: Run, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ggufkit.llamacpp.host.available_memory_nbytes", lambda: 1 << 20)
+    checkpoint = make_checkpoint(tmp_path / "checkpoint")
+    told = convert(checkpoint, "--awq", "--type", "q4_0", "--calibration", "pydoc")
+    refused(told, 1, "GiB of memory", "--calibration-samples")
+    assert not list(models.rglob("*.safetensors"))
+    assert not list(models.rglob("*Q4_0*"))
 
 
 def test_a_quantized_gguf(run_cli: Run, models: Path, demo_gguf: Path) -> None:
@@ -258,6 +294,7 @@ def slow_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 STAGES = {
     "vocab": "reading the vocabulary",
     "awq": "AWQ search",
+    "guard": "comparing with the original",
     "fold": "write",
     "convert": "converting",
     "quantize": "quantizing",
@@ -279,7 +316,8 @@ def test_a_run_stopped_in_each_stage_ends_with_the_same_bytes(
                 break
         else:
             pytest.fail(f"the run ended before {stage}")
-        while stage == "awq" and not list(tmp_path.glob("*/awq-*/.blocks/00001.safetensors")):
+        while stage == "awq" and not list(tmp_path.glob("*/awq-*/.blocks/00001.scales.*")):
+            assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(how)
         out, err = process.communicate(timeout=60)

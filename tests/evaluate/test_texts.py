@@ -1,17 +1,21 @@
+import gzip
 import hashlib
 import json
 import re
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import zstandard
 from huggingface_hub import constants
 
 from ggufkit.errors import GgufkitError, IntegrityError, SourceError, UsageError
 from ggufkit.evaluate import texts
-from ggufkit.evaluate.texts import BUILT_IN, load_text
-from tests.sources.hubs import serving
+from ggufkit.evaluate.texts import BUILT_IN, HEAD_CHARACTERS, load_calibration, load_text
+from tests.sources.hubs import Hub, serving
+from tests.sources.test_modelscope import use as use_modelscope
 
 # Rows as the wikitext data sets have them, and the file that they were made from.
 WIKI_ROWS = ["", " = Title = \n", "", " Some words . \n"]
@@ -231,7 +235,10 @@ def test_json_lines_that_are_not(tmp_path: Path) -> None:
 # --- built-in ones ---
 
 
-@pytest.mark.parametrize("name", sorted(set(BUILT_IN) - {"wikitext"}))
+FROM_HUBS = {"wikitext", "c4", "pileval", "ptb", "alpaca"}
+
+
+@pytest.mark.parametrize("name", sorted(set(BUILT_IN) - FROM_HUBS))
 def test_built_in_texts_need_nothing(name: str, tmp_path: Path) -> None:
     first = content(name, tmp_path)
     assert len(first) > 100_000
@@ -317,14 +324,18 @@ def test_wikitext_from_the_hubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert asked == ["modelscope", "huggingface"]
 
 
+def use_huggingface(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
 def test_wikitext_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "served").mkdir()
     with zipfile.ZipFile(tmp_path / "served/wikitext-2-raw-v1.zip", "w") as archive:
         archive.writestr("wikitext-2-raw/wiki.test.raw", WIKI_FILE)
     with serving("huggingface") as hub:
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        use_huggingface(hub, monkeypatch)
         hub.repositories["ggml-org/ci"] = tmp_path / "served"
         assert content("wikitext", tmp_path, progress=Warnings()) == WIKI_FILE
         assert hub.fetched() == ["wikitext-2-raw-v1.zip"]
@@ -348,3 +359,294 @@ def test_a_damaged_download_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(texts, "_download", lambda *_: broken)
     error = refused("wikitext", tmp_path, IntegrityError)
     assert f"Remove {broken}" in error.hint
+
+
+# --- data sets ---
+
+DOCUMENTS = ["First one.", "", "Second,\nof two lines.", "Third: Grüße \u2028 世界."]
+JOINED = "First one.\n\nSecond,\nof two lines.\n\nThird: Grüße \u2028 世界."
+PAIRS = [
+    {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+    {"instruction": "Größer?", "input": "", "output": "No,\u2028\nnever."},
+]
+PAIRS_JOINED = "Add.\n1 and 2\n3\n\nGrößer?\nNo,\u2028\nnever."
+
+
+def json_lines(documents: Sequence[str]) -> bytes:
+    return "".join(json.dumps({"text": d, "meta": {}}) + "\n" for d in documents).encode()
+
+
+def write_data_set(path: Path, documents: Sequence[str] = DOCUMENTS) -> Path:
+    """Write what a data set holds, in the format that the name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(json_lines(documents)))
+    elif path.suffix == ".zst":
+        # Two frames, as programs that compress in parallel write them.
+        half = json_lines(documents)[:30], json_lines(documents)[30:]
+        path.write_bytes(b"".join(map(zstandard.compress, half)))
+    elif path.suffix == ".parquet" and path.name.startswith("train"):
+        columns = {key: [row[key] for row in PAIRS] for key in PAIRS[0]}
+        table(path, {**columns, "text": ["made up"] * len(PAIRS)})  # type: ignore[dict-item]
+    else:
+        table(path, {"sentence": ["no it was n't black monday", "but <unk> did N"]})
+    return path
+
+
+ALPACA_FILE = "train-00000-of-00001-a09b74b3ef9c3b56.parquet"
+PTB = " no it was n't black monday \n but <unk> did N \n"
+
+
+@pytest.mark.parametrize(
+    ("name", "repository", "file", "expected"),
+    [
+        ("c4", "allenai/c4", "en/c4-validation.00000-of-00008.json.gz", JOINED),
+        ("pileval", "mit-han-lab/pile-val-backup", "val.jsonl.zst", JOINED),
+        ("ptb", "FALcon6/ptb_text_only", "penn_treebank/test/0000.parquet", PTB),
+        ("alpaca", "tatsu-lab/alpaca", f"data/{ALPACA_FILE}", PAIRS_JOINED),
+    ],
+)
+def test_only_the_needed_file_is_fetched_and_once(
+    name: str,
+    repository: str,
+    file: str,
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    served = write_data_set(tmp_path / "served" / file).parents[file.count("/")]
+    (served / "en.noblocklist.json.gz").write_bytes(b"x")
+    with serving("huggingface") as hub:
+        use_huggingface(hub, monkeypatch)
+        hub.repositories[repository] = served
+        for _ in range(2):
+            text = load_text(name, cache=tmp_path / "cache")
+            assert text.path.read_bytes().decode() == expected
+            assert text.source == f"huggingface {repository} {file}"
+        assert hub.fetched() == [file]
+
+
+@pytest.mark.parametrize(
+    ("name", "repository", "file", "expected"),
+    [
+        ("c4", "allenai/c4", "en/c4-validation.00000-of-00008.json.gz", JOINED),
+        ("pileval", "swift/pile-val-backup", "val.jsonl.zst", JOINED),
+        ("alpaca", "angelala00/tatsu-lab-alpaca", ALPACA_FILE, PAIRS_JOINED),
+    ],
+)
+def test_modelscope_is_asked_first_if_it_is_the_hub(
+    name: str,
+    repository: str,
+    file: str,
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    served = write_data_set(tmp_path / "served" / file).parents[file.count("/")]
+    (served / "other.json.gz").write_bytes(b"x")
+    monkeypatch.setenv("GGUFKIT_HUB", "modelscope")
+    with serving("modelscope") as hub:
+        use_modelscope(hub.url, monkeypatch, tmp_path)
+        hub.repositories[repository] = served
+        text = load_text(name, cache=tmp_path / "cache")
+        assert text.source == f"modelscope {repository} {file}"
+        assert text.path.read_bytes().decode() == expected
+        assert sum("FilePath=" in asked for asked in hub.asked) == 1
+
+
+def test_ptb_is_first_looked_for_in_the_hubs_own_conversion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = tmp_path / "served"
+    write_data_set(served / "penn_treebank/test/0000.parquet")
+    with serving("huggingface") as hub:
+        use_huggingface(hub, monkeypatch)
+        hub.repositories = dict.fromkeys(
+            ("ptb-text-only/ptb_text_only", "FALcon6/ptb_text_only"), served
+        )
+        hub.revisions.add("refs/convert/parquet")
+        text = load_text("ptb", cache=tmp_path / "cache")
+    assert text.path.read_text() == PTB
+    assert "ptb-text-only/ptb_text_only@refs/convert/parquet" in text.source
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "expected"),
+    [
+        ("c4", "en/c4-validation.00000-of-00008.json.gz", JOINED),
+        ("pileval", "val.jsonl.zst", JOINED),
+        ("ptb", "penn_treebank/test/0000.parquet", PTB),
+        ("alpaca", f"data/{ALPACA_FILE}", PAIRS_JOINED),
+    ],
+)
+def test_offline_copies_of_data_sets(
+    name: str, file: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_data_set(tmp_path / "offline" / file)
+    monkeypatch.setenv("GGUFKIT_TEXT_DIR", str(tmp_path / "offline"))
+    assert content(name, tmp_path) == expected
+
+
+def test_offline_copies_in_other_formats(tmp_path: Path) -> None:
+    here = tmp_path / "offline"
+    here.mkdir()
+    (here / "c4.jsonl").write_bytes(json_lines(DOCUMENTS))
+    (here / "pileval.txt").write_text("As it is.\n")
+    (here / "ptb.test.txt").write_text(PTB)
+    (here / "alpaca_data.json").write_text(json.dumps(PAIRS, indent=2))
+    assert content("c4", tmp_path, text_dir=here) == JOINED
+    assert content("pileval", tmp_path, text_dir=here) == "As it is.\n"
+    assert content("ptb", tmp_path, text_dir=here) == PTB
+    assert content("alpaca", tmp_path, text_dir=here) == PAIRS_JOINED
+
+
+@pytest.mark.parametrize("name", ["c4.jsonl", "c4-validation.00000-of-00008.json.gz"])
+def test_only_the_head_of_a_collection_is_read(tmp_path: Path, name: str) -> None:
+    word = "word " * 200
+    documents = [f"{i} {word}".strip() for i in range(HEAD_CHARACTERS // len(word) + 10)]
+    raw = json_lines(documents) + b"what comes after is never looked at\n"
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    found = content("c4", tmp_path, text_dir=tmp_path)
+    assert len(found) == HEAD_CHARACTERS
+    assert "\n\n".join(documents).startswith(found)
+
+
+def test_one_enormous_document_is_cut_not_dropped(tmp_path: Path) -> None:
+    (tmp_path / "c4.jsonl").write_bytes(json_lines(["a " * HEAD_CHARACTERS]))
+    assert content("c4", tmp_path, text_dir=tmp_path) == ("a " * HEAD_CHARACTERS)[:HEAD_CHARACTERS]
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "data"),
+    [
+        ("c4", "c4-validation.00000-of-00008.json.gz", b"no gzip"),
+        ("c4", "c4-validation.00000-of-00008.json.gz", gzip.compress(json_lines(["x"] * 99))[:-20]),
+        ("c4", "c4.jsonl", b'{"text": "x"}\n{"te'),
+        ("c4", "c4.jsonl", b'{"url": "x"}\n'),
+        ("c4", "c4.jsonl", b'{"text": null}\n'),
+        ("c4", "c4.jsonl", b'{"text": "\xff"}\n'),
+        ("c4", "c4.jsonl", b'["text"]\n'),
+        ("pileval", "val.jsonl.zst", b"no zstd"),
+        ("pileval", "val.jsonl.zst", zstandard.compress(b'{"text": "x"}\n{"te')),
+        ("alpaca", "alpaca_data.json", b"[{"),
+        ("alpaca", "alpaca_data.json", b'[{"instruction": "x"}]'),
+        ("alpaca", "alpaca_data.json", b"7"),
+    ],
+    ids=str,
+)
+def test_damaged_data_sets(name: str, file: str, data: bytes, tmp_path: Path) -> None:
+    (tmp_path / file).write_bytes(data)
+    error = refused(name, tmp_path, IntegrityError, text_dir=tmp_path)
+    assert f"{file} is damaged" in error.message
+    assert "Remove" in error.hint
+
+
+def test_without_zstandard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_data_set(tmp_path / "val.jsonl.zst")
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    error = refused("pileval", tmp_path, text_dir=tmp_path)
+    assert "needs the package zstandard" in error.message
+    assert 'pip install "ggufkit[texts]"' in error.hint
+
+
+@pytest.mark.parametrize("name", sorted(FROM_HUBS))
+def test_without_network_every_place_is_named(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(hub: str, repository: str, *_: object) -> Path:
+        raise SourceError(f"{repository} does not answer")
+
+    monkeypatch.setattr(texts, "_download", download)
+    error = refused(name, tmp_path)
+    assert f"{name} cannot be fetched" in error.message
+    assert error.message.count("does not answer") >= 2
+    assert "GGUFKIT_TEXT_DIR" in error.hint
+
+
+# --- to calibrate on ---
+
+CHAT = {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]}
+SHARED = {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}
+
+
+@pytest.mark.parametrize(
+    "row", [CHAT, SHARED, PAIRS[0], {"question": "Why?", "answer": "So."}], ids=str
+)
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf", b"\n"])
+def test_chats_and_pairs_stay_rows(row: object, start: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(start + json.dumps(row).encode() + b"\n")
+    text = load_calibration(str(path), cache=tmp_path / "cache")
+    assert text.path == path
+    assert (text.name, text.source) == (str(path), str(path))
+    assert text.digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert text.nbytes == path.stat().st_size
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "options", "expected"),
+    [
+        ("a.txt", "Some words.", {}, "Some words."),
+        ("a.txt", json.dumps(CHAT), {}, json.dumps(CHAT)),
+        ("a.jsonl", '{"text": "one"}\n{"text": "two"}\n', {}, "one\n\ntwo"),
+        ("a.jsonl", '{"question": "q", "answer": "a"}\n', {"column": "answer"}, "a"),
+    ],
+)
+def test_other_texts_are_texts(
+    name: str, data: str, options: dict[str, str], expected: str, tmp_path: Path
+) -> None:
+    path = file(tmp_path, name, data)
+    text = load_calibration(str(path), cache=tmp_path / "cache", **options)  # type: ignore[arg-type]
+    assert text == load_text(str(path), cache=tmp_path / "cache", **options)  # type: ignore[arg-type]
+    assert text.path.read_text() == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "kind"),
+    [
+        ("missing.jsonl", None, SourceError),
+        ("a.jsonl", b"", UsageError),
+        ("a.jsonl", b"GGUF\x03\0\0\0", IntegrityError),
+        ("a.jsonl", b'{"text": "\xff"}', SourceError),
+        ("a.txt", b"GGUF\x03\0\0\0", SourceError),
+        ("a.parquet", b"PAR1 but cut", IntegrityError),
+    ],
+)
+def test_what_is_no_calibration_text(
+    name: str, data: bytes | None, kind: type[GgufkitError], tmp_path: Path
+) -> None:
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(kind) as caught:
+        load_calibration(str(tmp_path / name), cache=tmp_path / "cache")
+    assert type(caught.value) is kind
+    assert caught.value.hint
+
+
+def test_alpaca_to_calibrate_on_keeps_its_pairs(tmp_path: Path) -> None:
+    table(tmp_path / ALPACA_FILE, {key: [row[key] for row in PAIRS] for key in PAIRS[0]})
+    text = load_calibration("alpaca", text_dir=tmp_path, cache=tmp_path / "cache")
+    assert text.path.suffix == ".jsonl"
+    lines = text.path.read_bytes().decode().rstrip("\n").split("\n")
+    assert [json.loads(line) for line in lines] == PAIRS
+    assert text.digest == hashlib.sha256(text.path.read_bytes()).hexdigest()
+    with pytest.raises(UsageError, match="is a built-in text"):
+        load_calibration("alpaca", column="output", text_dir=tmp_path, cache=tmp_path / "cache")
+
+
+def test_only_the_head_of_alpaca_is_taken(tmp_path: Path) -> None:
+    row = {"instruction": "Say it.", "input": "", "output": "word " * 2000}
+    rows = [row] * (HEAD_CHARACTERS // 10_000 + 50)
+    (tmp_path / "alpaca_data.json").write_text(json.dumps(rows))
+    text = load_calibration("alpaca", text_dir=tmp_path, cache=tmp_path / "cache")
+    kept = text.path.read_text().splitlines()
+    assert HEAD_CHARACTERS <= text.nbytes < HEAD_CHARACTERS + 11_000
+    assert json.loads(kept[-1]) == row
+
+
+def test_a_text_can_be_kept(tmp_path: Path) -> None:
+    text = texts.keep_text("what was said", "Words.", "somebody", tmp_path)
+    assert text.path.read_text() == "Words."
+    assert (text.name, text.source, text.nbytes) == ("what was said", "somebody", 6)
+    assert text.path.parent == tmp_path / "texts"

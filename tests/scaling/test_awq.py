@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from ggufkit.checkpoint.index import CheckpointIndex, open_checkpoint
+from ggufkit.checkpoint.tensors import TensorReader
 from ggufkit.checkpoint.write import write_checkpoint
 from ggufkit.errors import CheckpointError, IntegrityError
 from ggufkit.llamacpp.ggml import Ggml
@@ -18,7 +19,7 @@ from ggufkit.progress import SILENT
 from ggufkit.scaling import awq, guard
 from ggufkit.scaling.awq import SCALES_FILE, Job, search_scales
 from ggufkit.scaling.families import FAMILIES, Family, family_of
-from ggufkit.scaling.fold import Scales, changes_of, read_scales, write_scales
+from ggufkit.scaling.fold import CLIP, Scales, changes_of, read_scales, write_scales
 from ggufkit.scaling.groups import all_groups, groups_of
 from ggufkit.scaling.guard import fold_divergence, require_same_function
 from ggufkit.scaling.importance import IMPORTANCE_FILE
@@ -249,6 +250,25 @@ def test_a_16_bit_checkpoint_is_folded_exactly_by_powers_of_two(tmp_path: Path, 
     )
     assert in_f32 < 1e-9
     assert 10 * in_f16 < rounded
+
+
+def test_clipping_is_kept_beside_the_scales_and_folded(
+    llama: CheckpointIndex, tmp_path: Path, ggml: Ggml
+) -> None:
+    family = family_of(llama.config)
+    job = Job(tmp_path / "q4_0", plan_of(llama, "q4_0"), clip=True)
+    facts = search_scales(llama, family, TOKENS, [job], ggml, SILENT)["q4_0"]
+    scales = read_scales(job.directory / SCALES_FILE)
+    limits = {n.removesuffix(CLIP): s for n, s in scales.items() if n.endswith(CLIP)}
+    assert facts["rows_clipped"] == sum(int(s.isfinite().sum()) for s in limits.values()) > 0
+    out = open_checkpoint(write_folded(llama, tmp_path / "out", scales))
+    with TensorReader(out) as reader:
+        for name, limit in limits.items():
+            peaks = reader.load(name).abs().amax(1)
+            assert bool((peaks <= limit * (1 + 1e-6)).all())
+    assert fold_divergence(llama, family, scales, TOKENS[:1], scratch=tmp_path) > 1e-9
+    with pytest.raises(IntegrityError, match="it has no ghost"):
+        changes_of(llama, family, {**scales, f"ghost{CLIP}": torch.ones(3)})
 
 
 def test_types_searched_together_are_as_if_alone(

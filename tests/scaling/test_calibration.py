@@ -59,6 +59,25 @@ def test_long_documents_are_cut_and_short_ones_joined(index: CheckpointIndex) ->
     cut = cut_sequences(documents, index, samples=8, length=32)
     assert cut.facts["tokens_available"] == expected
     assert cut.facts["documents"] == 301
+    characters = sum(map(len, documents))
+    assert cut.facts["characters"] == cut.facts["characters_read"] == characters
+
+
+def test_all_tokens_are_there_in_their_order(index: CheckpointIndex) -> None:
+    """Asked for more than there is, sequences miss but the last incomplete piece."""
+    tokenizer = AutoTokenizer.from_pretrained(index.path)
+    documents = [TEXT[:2000], "a short one", TEXT[2000:9000]]
+    tokens = [t for d in documents for t in tokenizer(d, add_special_tokens=False).input_ids]
+    body = 31
+    cut = cut_sequences(documents, index, samples=10**6, length=body + 1)
+    assert len(cut.tokens) + len(cut.held_back) == len(tokens) // body
+    found = {tuple(piece[1:].tolist()) for piece in (*cut.tokens, *cut.held_back)}
+    slack = len(tokens) % body
+    covered = sum(
+        any(tuple(tokens[start + off : start + off + body]) in found for off in range(slack + 1))
+        for start in range(0, len(tokens) - body - slack + 1, body)
+    )
+    assert covered == len(tokens) // body
 
 
 def test_a_seed_chooses_by_chance_and_always_the_same(index: CheckpointIndex) -> None:
@@ -71,10 +90,30 @@ def test_a_seed_chooses_by_chance_and_always_the_same(index: CheckpointIndex) ->
     assert not torch.equal(first, even)
 
 
+def test_a_seed_chooses_pieces_without_replacement(index: CheckpointIndex) -> None:
+    cut = cut_sequences([TEXT], index, samples=10**6, length=32, seed=7)
+    everything = {tuple(s.tolist()) for s in (*cut.tokens, *cut.held_back)}
+    assert len(everything) == len(cut.tokens) + HELD_BACK == cut.facts["tokens_available"] // 31
+
+
 def test_windows_of_a_very_long_text_are_enough(index: CheckpointIndex) -> None:
     cut = cut_sequences([TEXT * 20], index, samples=4, length=32)
     assert cut.tokens.shape == (4, 32)
     assert cut.facts["tokens_available"] < 100 * 12 * 32
+    assert cut.facts["characters"] == len(TEXT) * 20
+    assert cut.facts["characters_read"] < 8 * 12 * 32 + 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["\u4e16\u754c\u4f60\u597d" * 20_000, ("-" * 70 + "\n") * 6000, " " * 10**6 + TEXT],
+    ids=["no spaces", "drawn lines", "mostly blank"],
+)
+def test_windows_of_odd_texts_are_enough(text: str, index: CheckpointIndex) -> None:
+    cut = cut_sequences([text], index, samples=4, length=32)
+    assert cut.tokens.shape == (4, 32)
+    assert cut.held_back.shape == (HELD_BACK, 32)
+    assert cut.facts["characters_read"] < len(text)
 
 
 def test_too_little_text_is_refused(index: CheckpointIndex) -> None:
@@ -140,13 +179,100 @@ def test_without_a_template_pairs_are_text_and_chats_an_error(tmp_path: Path) ->
         read_documents(chats, index)
 
 
+def test_a_template_may_refuse_a_chat(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model")
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config["chat_template"] = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('No system.') }}{% endif %}"
+    )
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    system = [{"role": "system", "content": "Be brief."}, *CHAT]
+    path = write_rows(tmp_path / "chats.jsonl", {"messages": CHAT}, {"messages": system})
+    with pytest.raises(CheckpointError, match=r"refuses line 2 of chats\.jsonl: No system") as told:
+        read_documents(path, open_checkpoint(model))
+    assert "system message" in told.value.hint
+
+
+@pytest.mark.parametrize("role", ["developer", "system"])
+def test_other_names_of_roles(role: str, index: CheckpointIndex, tmp_path: Path) -> None:
+    path = write_rows(
+        tmp_path / "chats.jsonl", {"messages": [{"role": role, "content": "x"}, *CHAT]}
+    )
+    (document,), _ = read_documents(path, index)
+    assert document.startswith("<|im_start|>system\nx")
+
+
+def test_what_else_a_row_says_is_left_aside(index: CheckpointIndex, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "chats.json", {"id": 1, "messages": CHAT, "text": "other"})
+    path.write_bytes(b"\xef\xbb\xbf\n" + path.read_bytes() + b"\n")
+    documents, kind = read_documents(path, index)
+    assert (len(documents), kind) == (1, "chats")
+    assert "other" not in documents[0]
+
+
+def test_the_context_of_an_instruction_follows_it(index: CheckpointIndex, tmp_path: Path) -> None:
+    row = {"instruction": "Add.", "input": "1, 2", "output": "3"}
+    (document,), _ = read_documents(write_rows(tmp_path / "pairs.jsonl", row), index)
+    assert "user\nAdd.\n\n1, 2<|im_end|>" in document
+    assert "assistant\n3<|im_end|>" in document
+
+
+def test_control_tokens_of_the_template_are_tokens(index: CheckpointIndex, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "chats.jsonl", *[{"messages": CHAT}] * 20)
+    documents, _ = read_documents(path, index)
+    cut = cut_sequences(documents, index, samples=4, length=32)
+    start = AutoTokenizer.from_pretrained(index.path).convert_tokens_to_ids("<|im_start|>")
+    assert int((cut.tokens == start).sum()) > 0
+
+
+@pytest.mark.parametrize(
+    ("bad", "why"),
+    [
+        ({"question": "q"}, "has no 'answer'"),
+        ({"question": "q", "answer": None}, "'answer' is not text"),
+        ({"question": ["q"], "answer": "a"}, "'question' is not text"),
+        ({"instruction": "q", "input": 7, "output": "a"}, "'input' is not text"),
+        ({"question": "q", "answer": "\ud800"}, "half a surrogate pair"),
+        ({"messages": CHAT}, "has no 'question'"),
+        ([], "no JSON object"),
+    ],
+    ids=str,
+)
+def test_a_line_that_is_no_pair_is_named(
+    bad: Any, why: str, index: CheckpointIndex, tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "pairs.jsonl", {"question": "q", "answer": "a"}, bad)
+    with pytest.raises(GgufkitError, match=why) as told:
+        read_documents(path, index)
+    assert "line 2 of pairs.jsonl" in told.value.message
+    assert told.value.hint
+
+
+@pytest.mark.parametrize("line", [b'{"messages": [', b'{"messages": "\xff"}', b"[" * 100_000])
+def test_a_line_that_is_no_json_is_named(
+    line: bytes, index: CheckpointIndex, tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "chats.jsonl", {"messages": CHAT})
+    path.write_bytes(path.read_bytes() + line + b"\n")
+    with pytest.raises(GgufkitError, match=r"line 2 of chats\.jsonl is not JSON") as told:
+        read_documents(path, index)
+    assert told.value.hint
+
+
 @pytest.mark.parametrize(
     ("bad", "why"),
     [
         ({"messages": [{"role": "wizard", "content": "x"}]}, "unknown role 'wizard'"),
         ({"messages": []}, "without turns"),
+        ({"messages": "hello"}, "without turns"),
+        ({"messages": ["hello"]}, "no object"),
+        ({"messages": [{"content": "x"}]}, "has no 'role'"),
+        ({"messages": [{"role": "user"}]}, "has no 'content'"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "line 2"),
         ({"messages": [{"role": "user", "content": [1]}]}, "not text"),
-        ({"text": "no chat"}, "line 2"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "half a surrogate pair"),
+        ({"text": "no chat"}, "without turns"),
+        ("hello", "no JSON object"),
     ],
     ids=str,
 )

@@ -147,3 +147,25 @@ def test_estimates_only_choose_who_is_judged(ggml: Ggml, monkeypatch: pytest.Mon
     monkeypatch.setattr(search.GroupObjective, "__call__", lambda self, _: self.plain)
     found = search_group(objective, [weight], statistics, group_of(256))
     assert bool((found.scales == 1).all())
+
+
+def test_clipping_lowers_the_error_of_each_row_it_touches(ggml: Ggml) -> None:
+    x = torch.randn(600, 64, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(1))
+    weight[::3, 5] = 30.0  # an outlier that spoils its block
+    gram = statistics_of(x).gram
+    gram[5] = gram[:, 5] = 0  # and that nothing ever reaches
+    kind = ggml.type("q4_0")
+    objective = GroupObjective(ggml, [weight], [kind], gram)
+    limits = objective.clip_limits(torch.ones(64))[0]
+    assert bool(limits[::3].isfinite().all())
+
+    def errors(rows: torch.Tensor) -> torch.Tensor:
+        error = torch.from_numpy(ggml.round_trip(kind, rows)) - weight
+        return (error @ gram * error).sum(1)
+
+    clipped = weight.clamp(-limits[:, None], limits[:, None])
+    before, after = errors(weight.numpy()), errors(clipped.numpy())
+    touched = limits.isfinite()
+    assert bool((after[touched] < before[touched]).all())
+    assert torch.equal(after[~touched], before[~touched])

@@ -25,6 +25,7 @@ class Hub:
         cut: file names whose next transfer breaks off half-way.
         asked: method and path of every request.
         ranges: the ranges of bytes that were asked for.
+        revisions: what Hugging Face's repositories can be asked for.
     """
 
     repositories: dict[str, Path] = field(default_factory=dict)
@@ -33,6 +34,7 @@ class Hub:
     cut: set[str] = field(default_factory=set)
     asked: list[str] = field(default_factory=list)
     ranges: list[str] = field(default_factory=list)
+    revisions: set[str] = field(default_factory=lambda: {"", "main", COMMIT})
     url: str = ""
 
     def fetched(self) -> list[str]:
@@ -115,7 +117,7 @@ class _HuggingFace(_Handler):
             return self.reply_json({"error": "no"}, 404, X_Error_Code="RepoNotFound")
         if repository in self.hub.gated:
             return self.reply_json({"error": "no"}, 403, X_Error_Code="GatedRepo")
-        if revision and revision not in ("main", COMMIT):
+        if revision not in self.hub.revisions:
             return self.reply_json({"error": "no"}, 404, X_Error_Code="RevisionNotFound")
         if api and action == "tree":
             return self.reply_json([self.entry(*row) for row in self.files(repository).items()])
@@ -137,7 +139,10 @@ class _HuggingFace(_Handler):
 
 
 class _ModelScope(_Handler):
-    """``/api/v1/models/ORG/NAME/repo/files`` and ``.../repo?FilePath=``."""
+    """``/api/v1/models/ORG/NAME/repo/files`` and ``.../repo?FilePath=``.
+
+    Of data sets, ``/api/v1/datasets/ORG/NAME/repo/tree`` lists the files.
+    """
 
     def answer(self, path: str, query: dict[str, list[str]]) -> None:
         parts = path.strip("/").split("/")
@@ -149,7 +154,7 @@ class _ModelScope(_Handler):
         if repository in self.hub.gated:
             return self.reply_json({"Code": 403, "Message": "no access", "Success": False}, 403)
         files = self.files(repository)
-        if parts[5:] == ["repo", "files"]:
+        if parts[5:] in (["repo", "files"], ["repo", "tree"]):
             rows = [self.entry(*row) for row in files.items()]
             return self.reply_json({"Code": 200, "Success": True, "Data": {"Files": rows}})
         if parts[5:] == ["repo"]:
