@@ -1,23 +1,29 @@
 """The whole way, on real models through the real tools."""
 
+import dataclasses
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
 from ggufkit import pipeline
+from ggufkit.checkpoint import open_checkpoint
+from ggufkit.evaluate import perplexity
 from ggufkit.evaluate.texts import load_text
 from ggufkit.library import manifest_of
 from ggufkit.llamacpp import toolchain
 from ggufkit.llamacpp.gguf import read_gguf
 from ggufkit.llamacpp.toolchain import NativeBuild
 from ggufkit.quantize.types import ALIASES, TYPES, parse_type, space_forecast, stem_of
-from ggufkit.values import Calibration
+from ggufkit.store import Store
+from ggufkit.values import AwqOptions, Calibration, EvalResult, QuantizeResult
 from tests.factory import make_checkpoint
 
 Run = Callable[..., tuple[int, str, str]]
@@ -277,3 +283,132 @@ def test_plain_conversion_does_not_load_torch(tmp_path: Path, native: NativeBuil
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+SMALL = Calibration("pydoc-calibration", samples=4, length=128)
+
+
+def test_scales_can_be_folded_again(tmp_path: Path, native: NativeBuild) -> None:
+    checkpoint = make_checkpoint(tmp_path / "model")
+    models = tmp_path / "models"
+    first = pipeline.awq(
+        str(checkpoint),
+        out=tmp_path / "first",
+        type="q4_0",
+        imatrix=True,
+        calibration=SMALL,
+        models_dir=models,
+    )
+    again = pipeline.awq(
+        str(checkpoint),
+        out=tmp_path / "again",
+        type="q4_0",
+        awq_options=AwqOptions(scales=first.scales),
+        calibration=SMALL,
+        models_dir=models,
+    )
+    for name in ("model.safetensors", "awq/scales.safetensors"):
+        assert (first.path / name).read_bytes() == (again.path / name).read_bytes()
+    assert (first.path / "awq" / "imatrix.gguf").is_file()
+    assert again.objective_ratio is None
+    assert again.divergence == pytest.approx(first.divergence)
+    assert again.groups_left_alone == first.groups_left_alone
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bits_are_folded_without_harm(dtype: str, tmp_path: Path, native: NativeBuild) -> None:
+    checkpoint = make_checkpoint(tmp_path / "model", dtype=dtype)
+    models = tmp_path / "models"
+    kept = pipeline.awq(
+        str(checkpoint),
+        out=tmp_path / "out",
+        type="q4_0",
+        calibration=SMALL,
+        models_dir=models,
+    )
+    assert kept.divergence < 1e-7
+    assert open_checkpoint(kept.path).dtype == open_checkpoint(checkpoint).dtype
+    pipeline.convert(
+        str(checkpoint), types=["q4_0"], awq=True, calibration=SMALL, models_dir=models
+    )
+    searched = [a.manifest for a in Store(models).artifacts("awq")]
+    assert sorted(m.options["exact"] for m in searched) == [False, True]
+    assert all(m.facts["divergence"] < 5e-5 for m in searched)
+
+
+def test_the_guard_keeps_the_better_file(
+    tmp_path: Path, native: NativeBuild, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = make_checkpoint(tmp_path / "model")
+
+    def convert() -> QuantizeResult:
+        (result,) = pipeline.convert(
+            str(checkpoint),
+            types=["q4_0"],
+            awq=True,
+            imatrix="auto",
+            guard=True,
+            calibration=SMALL,
+            models_dir=tmp_path / "models",
+        )
+        return result
+
+    result = convert()
+    (told,) = (note for note in result.notes if "guard" in note)
+    with_awq, without = map(float, re.findall(r"(\d+\.\d+) with", told))
+    assert result.awq == (with_awq < without)
+    assert ("AWQ kept" in told) == result.awq
+    assert result.imatrix
+    # Whatever was measured, the other way round.
+    real = perplexity.measure
+
+    def contrary(*args: Any, **kwargs: Any) -> EvalResult:
+        told = real(*args, **kwargs)
+        return dataclasses.replace(told, perplexity=1 / told.perplexity)
+
+    monkeypatch.setattr(perplexity, "measure", contrary)
+    assert convert().awq != result.awq
+
+
+def test_the_importance_matrix_is_that_of_llama_imatrix(
+    tmp_path: Path, native: NativeBuild
+) -> None:
+    from gguf import GGUFReader
+
+    checkpoint = make_checkpoint(tmp_path / "model")
+    text = load_text("pydoc-calibration", cache=tmp_path / "cache").path
+    short = tmp_path / "text.txt"
+    short.write_text(text.read_text(encoding="utf-8")[:60_000], encoding="utf-8")
+    models = tmp_path / "models"
+    every = Calibration(str(short), samples=1000, length=128)
+    pipeline.convert(
+        str(checkpoint), types=["q4_0"], imatrix="auto", calibration=every, models_dir=models
+    )
+    (ours,) = Store(models).artifacts("imatrix")
+    (floats,) = pipeline.convert(str(checkpoint), types=["f32"], models_dir=models)
+    out = tmp_path / "theirs.gguf"
+    ran = toolchain.run(
+        [
+            *(native.tool("llama-imatrix"), "-m", floats.path, "-f", short, "-o", out),
+            *("-c", "128", "-t", "2", "--no-ppl"),
+        ]
+    )
+    assert ran.returncode == 0, ran.tail
+    means = []
+    for file in (ours.file(".gguf"), out):
+        tensors = {t.name: t.data for t in GGUFReader(file).tensors}
+        means.append(
+            {
+                name.removesuffix(".in_sum2"): (
+                    data / tensors[name.replace(".in_sum2", ".counts")]
+                ).reshape(-1)
+                for name, data in tensors.items()
+                if name.endswith(".in_sum2")
+            }
+        )
+    own, theirs = means
+    assert set(theirs) <= set(own)
+    for name, values in theirs.items():
+        # The same text but for what is held back, cut at other places.
+        assert np.median(np.abs(own[name] / values - 1)) < 0.05, name
+        assert np.corrcoef(np.log(own[name]), np.log(values))[0, 1] > 0.98, name
