@@ -85,8 +85,8 @@ def convert(
     store = Store(models_dir or settings.models_dir())
     fetch = fetch or FetchOptions()
     source = _resolve(model, store, fetch, progress)
-    if guard and not awq:
-        raise UsageError("--guard compares AWQ with doing without it", "Add --awq")
+    if not awq and (guard or (awq_options or AwqOptions()) != AwqOptions()):
+        raise UsageError("--guard and the options of AWQ's search need AWQ", "Add --awq")
     if isinstance(source, Path):
         if awq or imatrix == "auto":
             raise UsageError(

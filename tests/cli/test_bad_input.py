@@ -117,8 +117,9 @@ def test_awq_on_a_gguf(convert: Run, demo_gguf: Path) -> None:
 
 def test_options_of_awq_that_clash(convert: Run, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint")
-    told = convert(checkpoint, "--guard")
-    refused(told, 2, "--guard compares AWQ with doing without it", "Add --awq")
+    for option in ("--guard", "--clip", "--sensitivity"):
+        told = convert(checkpoint, option)
+        refused(told, 2, "options of AWQ's search need AWQ", "Add --awq")
     (tmp_path / "imatrix.gguf").touch()
     told = convert(checkpoint, "--awq", "--imatrix", tmp_path / "imatrix.gguf")
     refused(told, 2, "before scales are folded in", "--imatrix auto")
