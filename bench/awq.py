@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--measure", default="pydoc-measure", help="name or file")
     parser.add_argument("--chunks", type=int, default=40)
     parser.add_argument("--types", nargs="*", default=TYPES)
+    parser.add_argument("--skip-microformer", action="store_true")
     parser.add_argument("--skip-cost", action="store_true")
     parser.add_argument("--skip-autoawq", action="store_true", help="it takes minutes")
     options = parser.parse_args()
@@ -66,6 +67,11 @@ def main() -> None:
             print_growth(found, Path(scratch), calibration)
         if options.types:
             print_quality(build, found, models, options, calibration)
+        if not options.skip_microformer:
+            # It brings torch, which the other measurements leave to their processes.
+            from bench.microformer import print_microformer
+
+            print_microformer(build, Path(scratch))
 
 
 def print_cost(

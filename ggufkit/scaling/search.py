@@ -1,9 +1,14 @@
 """The search for scales: what the real quantizer does to the outputs.
 
 For linear maps W with a shared input x of second moment G = E[x xᵀ], scales s
-change the expected squared error of the outputs to tr(ΔW G ΔWᵀ) with
+change the expected squared error of the outputs to the diagonal of ΔW G ΔWᵀ with
 ΔW = W - Q(W·s)/s, where Q stores and reads back rows in the ggml type that will
 be written. One pass over the text gives G; no forward pass is repeated.
+
+The objective is the sum of these errors, each relative to the output's own power
+(W G Wᵀ) plus the mean power of all outputs of the map. Without that a few large
+outputs, or queries and keys beside values, decide alone; wholly relative, outputs
+that hardly matter would.
 
 Candidates are those of AWQ (Lin et al., 2023): s = E|x|^a / max|w|^b, with
 b = 0 or b = 1 - a, from a coarse grid and then finer around the best. For types
@@ -38,6 +43,8 @@ SAMPLE_ROWS = 192
 FINALISTS = 3
 """How many of the best by sample are then tried on all rows."""
 _TINY = 1e-8
+_SMALLEST = 1e-30
+"""Keeps the power of outputs that are always zero from dividing by zero."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +68,22 @@ class Found:
 
 @dataclass(frozen=True)
 class _Part:
-    """Some rows of one consumer (by its position), each standing for ``shares`` rows."""
+    """Some rows of one consumer (by its position).
+
+    Attributes:
+        counts: how much the squared error of each row counts, shape (rows,).
+        sampled: whether each row stands for several.
+    """
 
     consumer: int
     weight: "torch.Tensor"
     kind: GgmlType
-    shares: "torch.Tensor | None" = None
+    counts: "torch.Tensor"
+    sampled: bool = False
 
 
 class GroupObjective:
-    """tr(ΔW G ΔWᵀ), summed over the consumers of a group.
+    """Relative squared error of the outputs, summed over the consumers of a group.
 
     Args:
         ggml: the quantizer.
@@ -94,7 +107,7 @@ class GroupObjective:
         self._gram = gram
         self._squares = gram.diagonal().clone() if importance else None
         self._all = [
-            _Part(number, weight.contiguous(), kind)
+            _Part(number, weight.contiguous(), kind, _counts(weight, gram))
             for number, (weight, kind) in enumerate(zip(weights, kinds, strict=True))
             if kind.is_quantized
         ]
@@ -114,7 +127,7 @@ class GroupObjective:
     @property
     def sampled(self) -> bool:
         """Whether estimates come from some of the rows only."""
-        return any(part.shares is not None for part in self._sample)
+        return any(part.sampled for part in self._sample)
 
     def estimate(self, scales: "torch.Tensor | None") -> float:
         """The objective for scales of each input, from the sampled rows."""
@@ -125,11 +138,7 @@ class GroupObjective:
         return self._sum(self._all, scales)
 
     def _sum(self, parts: Sequence[_Part], scales: "torch.Tensor | None") -> float:
-        total = 0.0
-        for part in parts:
-            errors = self._row_errors(part, scales).double()
-            total += float((errors if part.shares is None else errors * part.shares).sum())
-        return total
+        return sum(float(self._row_errors(part, scales).double().sum()) for part in parts)
 
     def clip_limits(self, scales: "torch.Tensor") -> "dict[int, torch.Tensor]":
         """Limits on the scaled weights of each row that lower its error.
@@ -162,7 +171,7 @@ class GroupObjective:
         scales: "torch.Tensor | None",
         limit: "torch.Tensor | None" = None,
     ) -> "torch.Tensor":
-        """Expected squared error of each output, shape (rows,)."""
+        """What each row adds to the objective, shape (rows,)."""
         import torch
 
         weight = part.weight
@@ -178,7 +187,7 @@ class GroupObjective:
             )
         )
         error = (stored if scales is None else stored / scales) - weight
-        return (error @ self._gram).mul_(error).sum(1)
+        return (error @ self._gram).mul_(error).sum(1) * part.counts
 
 
 def _sampled(part: _Part, errors: "torch.Tensor") -> _Part:
@@ -201,7 +210,19 @@ def _sampled(part: _Part, errors: "torch.Tensor") -> _Part:
     chance = chance.clamp(max=1.0)
     steps = (chance.cumsum(0) + 0.5).floor()
     taken = (steps.diff(prepend=torch.zeros(1, dtype=steps.dtype)) > 0).nonzero()[:, 0]
-    return _Part(part.consumer, part.weight[taken].contiguous(), part.kind, 1 / chance[taken])
+    return _Part(
+        part.consumer,
+        part.weight[taken].contiguous(),
+        part.kind,
+        part.counts[taken] / chance[taken].float(),
+        sampled=True,
+    )
+
+
+def _counts(weight: "torch.Tensor", gram: "torch.Tensor") -> "torch.Tensor":
+    """1 / (power of each output + mean power), shape (outputs,)."""
+    power = (weight @ gram).mul_(weight).sum(1)
+    return 1 / (power + power.mean()).clamp(min=_SMALLEST)
 
 
 def search_group(
