@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from ggufkit.scaling.calibration import Sequences
 
 IMPORTANCE = "importance.safetensors"
-_AWQ_VERSION = 2
+_AWQ_VERSION = 3
 _IMATRIX_VERSION = 1
 
 
@@ -119,7 +119,9 @@ class Conversion:
         """
         check_tokenizer(self.index)
         copies = (1 if self.types else 0) + (1 if folded else 0)
-        needed = copies * self.index.nbytes + space_forecast(self.index.parameters, self.types)
+        wider = self.index.parameters * {"F16": 2, "F32": 4}.get(self.stored_dtype or "", 0)
+        needed = copies * max(self.index.nbytes, wider)
+        needed += space_forecast(self.index.parameters, self.types)
         require_space(self.store.root, needed, f"converting {self.checkpoint.name}")
 
     @cached_property
@@ -186,7 +188,7 @@ class Conversion:
         Raises:
             CheckpointError: if the architecture has no AWQ family; before any work.
         """
-        assert self.family
+        assert self.family  # unknown ones are refused before any work
         if self.awq.scales or self.awq.backend != "ggufkit":
             return dict.fromkeys(types, self._scales_from_elsewhere())
         plans = {
@@ -228,6 +230,7 @@ class Conversion:
                 "plan": plan,
                 "imatrix": self.imatrix == "auto",
                 "exact": self.exact,
+                "stored": self.stored_dtype,
                 "clip": self.awq.clip,
                 "sensitivity": self.awq.sensitivity,
             },
@@ -357,6 +360,7 @@ class Conversion:
                 **self._calibration_options,
                 "backend": "file" if given else self.awq.backend,
                 "exact": self.exact,
+                "stored": self.stored_dtype,
             },
             tool={**self._scaling_tool, **({} if given else {"autoawq": autoawq_version()})},
             work=work,
