@@ -214,7 +214,7 @@ def test_awq_keeps_the_demo_in_f32_and_helps_it_in_q4_0(
         calibration=calibration,
         models_dir=shared_models,
     )
-    assert result.objective_ratio < 0.5
+    assert result.objective_ratio < 0.75
     floats, plain = pipeline.convert("demo", types=["f32", "q4_0"], models_dir=shared_models)
     (folded,) = pipeline.convert(str(tmp_path / "folded"), types=["f32"], models_dir=shared_models)
     (scaled,) = pipeline.convert(
