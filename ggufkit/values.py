@@ -245,6 +245,186 @@ class EvalResult:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """What two models differ by on the same chunks, and whether that is real.
+
+    Attributes:
+        measure: ``log_perplexity`` (nats per token), ``divergence`` (mean KL
+            divergence from the reference, nats per token) or ``bits_per_byte``.
+            Less is better in all of them.
+        model: the model judged.
+        other: the model that it is judged against.
+        difference: ``model`` minus ``other``.
+        low: lower end of the confidence interval of the difference.
+        high: its upper end.
+        confidence: of the interval, such as 0.95.
+        chunks: number of chunks that both read.
+        seed: of the bootstrap.
+        verdict: what is said of ``model``: ``better``, ``worse`` or
+            ``indistinguishable``.
+        chunks_to_decide: chunks in all after which a difference of this size would be
+            told from none; None if the verdict is clear, or no number of
+            chunks would do (the difference is 0).
+    """
+
+    measure: str
+    model: Path
+    other: Path
+    difference: float
+    low: float
+    high: float
+    confidence: float
+    chunks: int
+    seed: int
+    verdict: str
+    chunks_to_decide: int | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One candidate beside the reference on one text, both having read the same chunks.
+
+    Logarithms are natural, and unless said otherwise a figure is a mean over the
+    scored tokens (the last half of each chunk), with the standard error of that
+    mean. Percentiles go from a percentage as a string (``"0.1"``, ``"50"``,
+    ``"99.9"``, ``"100"`` for the largest) to a value.
+
+    Attributes:
+        model: the candidate's GGUF.
+        reference: the reference's GGUF.
+        text: name of the text.
+        context: tokens per chunk.
+        chunks: number of chunks.
+        tokens: scored tokens.
+        log_perplexity: mean negative log probability of the text by the candidate.
+        log_perplexity_error: its standard error.
+        reference_log_perplexity: the same by the reference.
+        delta_log_perplexity: candidate minus reference.
+        delta_log_perplexity_error: standard error of the paired difference.
+        divergence: mean KL divergence of the candidate from the reference, nats per token.
+        divergence_error: its standard error.
+        divergence_percentiles: over tokens.
+        agreement: share of tokens for which both have the same likeliest token.
+        agreement_error: its standard error.
+        delta_p_mean: mean difference of the probability of the text's token.
+        delta_p_rms: root mean square of that difference.
+        delta_p_percentiles: over tokens.
+        bits_per_byte: of the scored part of the text, by the candidate.
+        reference_bits_per_byte: the same by the reference.
+        file_nbytes: size of the candidate's file.
+        reference_file_nbytes: size of the reference's file.
+        verdicts: the candidate against the reference.
+        seconds: wall time of the candidate's own part.
+        computed_chunks: chunks computed now; the rest was there already.
+        reused: whether nothing at all had to be computed.
+    """
+
+    model: Path
+    reference: Path
+    text: str
+    context: int
+    chunks: int
+    tokens: int
+    log_perplexity: float
+    log_perplexity_error: float
+    reference_log_perplexity: float
+    delta_log_perplexity: float
+    delta_log_perplexity_error: float
+    divergence: float
+    divergence_error: float
+    divergence_percentiles: dict[str, float]
+    agreement: float
+    agreement_error: float
+    delta_p_mean: float
+    delta_p_rms: float
+    delta_p_percentiles: dict[str, float]
+    bits_per_byte: float
+    reference_bits_per_byte: float
+    file_nbytes: int
+    reference_file_nbytes: int
+    verdicts: tuple[Difference, ...] = ()
+    seconds: float = 0.0
+    computed_chunks: int = 0
+    reused: bool = False
+
+
+@dataclass(frozen=True)
+class SpeedResult:
+    """How fast one model is in one setting, by llama-bench.
+
+    Attributes:
+        model: the GGUF.
+        work: ``prompt`` (tokens read at once) or ``generation`` (one by one).
+        tokens: tokens read or generated.
+        depth: tokens that were in the context before.
+        threads: CPU threads.
+        batch: tokens per logical batch.
+        ubatch: tokens per physical batch.
+        flash_attention: whether it was on.
+        gpu_layers: layers on a GPU.
+        tokens_per_second: mean over the repetitions.
+        tokens_per_second_deviation: their standard deviation.
+        peak_rss_nbytes: peak resident memory of the run that this setting had to itself.
+        file_nbytes: size of the model's file.
+        bandwidth: bytes per second that the machine's memory gave to as many
+            threads, measured beside it; None if it was not.
+        bandwidth_share: for generation, bytes of weights read per second over
+            ``bandwidth``; else None.
+        machine: the CPU's name.
+        reused: whether the stored result of an earlier run was used.
+    """
+
+    model: Path
+    work: str
+    tokens: int
+    depth: int
+    threads: int
+    batch: int
+    ubatch: int
+    flash_attention: bool
+    gpu_layers: int
+    tokens_per_second: float
+    tokens_per_second_deviation: float
+    peak_rss_nbytes: int
+    file_nbytes: int
+    bandwidth: float | None
+    bandwidth_share: float | None
+    machine: str
+    reused: bool = False
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """How many questions of a task one model answers rightly, by llama-perplexity.
+
+    Attributes:
+        model: the GGUF.
+        task: such as ``hellaswag``.
+        data: name of the file of questions.
+        questions: how many were asked.
+        score: share answered rightly, 0 to 1.
+        low: lower end of the 95 % interval of that share.
+        high: its upper end.
+        chance: the share that guessing would give, if known.
+        file_nbytes: size of the model's file.
+        seconds: wall time of the tool.
+        reused: whether the stored result of an earlier run was used.
+    """
+
+    model: Path
+    task: str
+    data: str
+    questions: int
+    score: float
+    low: float
+    high: float
+    chance: float | None
+    file_nbytes: int
+    seconds: float
+    reused: bool = False
+
+
+@dataclass(frozen=True)
 class QuantRecipe:
     """How a GGUF is quantized: everything that changes the bytes written.
 
