@@ -63,7 +63,7 @@ def main() -> None:
         assert isinstance(found, Checkpoint)
         calibration = ["--calibration", options.calibration]
         if not options.skip_cost:
-            print_cost(found, Path(scratch), calibration, skip_autoawq=options.skip_autoawq)
+            print_cost(build, found, Path(scratch), options, calibration)
             print_growth(found, Path(scratch), calibration)
         if options.types:
             print_quality(build, found, models, options, calibration)
@@ -75,12 +75,16 @@ def main() -> None:
 
 
 def print_cost(
-    model: Checkpoint, scratch: Path, calibration: Sequence[str], *, skip_autoawq: bool
+    build: NativeBuild,
+    model: Checkpoint,
+    scratch: Path,
+    options: argparse.Namespace,
+    calibration: Sequence[str],
 ) -> None:
     """The whole AWQ step: statistics, search, comparison with the original, fold."""
     print("\nthe AWQ step as a whole process\n")
     ways = {f"ggufkit, {t}": ["--type", t] for t in ("q4_0", "q4_k_m", "q5_k_m")}
-    if not skip_autoawq:
+    if not options.skip_autoawq:
         ways[AUTOAWQ] = ["--type", "q4_0", "--awq-backend", "autoawq"]
     told = {
         way: checked(
@@ -98,10 +102,31 @@ def print_cost(
         if (other := told.get(AUTOAWQ)) and way != AUTOAWQ:
             memory = ran.peak_rss_nbytes / other.peak_rss_nbytes
             ratios = f"| {other.seconds / ran.seconds:.1f} | {memory:.2f} |"
-        print(f"| {way} | {ran.seconds:.1f} | {mib(ran.peak_rss_nbytes)} {ratios}")
+        print(f"| {way} | {ran.seconds:.1f} | {mib(ran.peak_rss_nbytes)} {ratios}", flush=True)
+    print_function(build, model, scratch, options, list(ways))
     for number in range(len(ways)):
         shutil.rmtree(scratch / f"cost-{number}")
         shutil.rmtree(scratch / f"folded-{number}")
+
+
+def print_function(
+    build: NativeBuild,
+    model: Checkpoint,
+    scratch: Path,
+    options: argparse.Namespace,
+    ways: Sequence[str],
+) -> None:
+    """Perplexity in F32: folding scales must not change it."""
+    text = load_text(options.measure, cache=settings.cache_dir()).path
+    folded = {way: scratch / f"folded-{number}" for number, way in enumerate(ways)}
+    print("\nperplexity in F32, nothing quantized\n")
+    print("| checkpoint | perplexity |")
+    print("|---|---|")
+    for name, path in {"original": model.path, **folded}.items():
+        file = convert(path, scratch / "floats", "f32", [])
+        output = run_perplexity(build, file, text, options.chunks, [])
+        print(f"| {name} | {found(r'Final estimate: PPL = ([.0-9]+)', output)[1]} |", flush=True)
+        shutil.rmtree(scratch / "floats")
 
 
 def print_growth(model: Checkpoint, scratch: Path, calibration: Sequence[str]) -> None:
@@ -140,7 +165,7 @@ def print_quality(
     calibration: Sequence[str],
 ) -> None:
     text = load_text(options.measure, cache=settings.cache_dir()).path
-    reference = convert(model, models, "f32", [])
+    reference = convert(model.path, models, "f32", [])
     logits = models / "logits.bin"
     output = run_perplexity(
         build, reference, text, options.chunks, ["--save-all-logits", str(logits)]
@@ -153,7 +178,7 @@ def print_quality(
     for type in options.types:
         plain = None
         for way, arguments in WAYS.items():
-            file = convert(model, models, type, [*arguments, *calibration])
+            file = convert(model.path, models, type, [*arguments, *calibration])
             told = quality(build, file, text, options.chunks, logits)
             plain = plain or told
             gap = plain.perplexity - base
@@ -166,8 +191,8 @@ def print_quality(
             )
 
 
-def convert(model: Checkpoint, models: Path, type: str, arguments: Sequence[str]) -> Path:
-    command = [*GGUFKIT, "--models-dir", models, "convert", model.path, "--type", type]
+def convert(model: Path, models: Path, type: str, arguments: Sequence[str]) -> Path:
+    command = [*GGUFKIT, "--models-dir", models, "convert", model, "--type", type]
     ran = checked([*command, *arguments, "--json"])
     (result,) = json.loads("\n".join(ran.tail))
     return Path(result["path"])

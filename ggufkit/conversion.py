@@ -7,7 +7,7 @@ uses this.
 import dataclasses
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from ggufkit import settings
 from ggufkit.checkpoint.index import CheckpointIndex, open_checkpoint
 from ggufkit.checkpoint.tokenizer import check_tokenizer
-from ggufkit.evaluate import perplexity, texts
+from ggufkit.evaluate import leaks, perplexity, texts
 from ggufkit.llamacpp.toolchain import NativeBuild
 from ggufkit.progress import Progress
 from ggufkit.quantize import stages
@@ -34,6 +34,7 @@ from ggufkit.values import (
     Json,
     QuantRecipe,
     Text,
+    to_json,
 )
 
 if TYPE_CHECKING:
@@ -42,7 +43,9 @@ if TYPE_CHECKING:
     from ggufkit.scaling.calibration import Sequences
 
 IMPORTANCE = "importance.safetensors"
-_AWQ_VERSION = 3
+_FOLDED = "awq"
+"""Directory of a folded checkpoint that holds its scales and how they were found."""
+_AWQ_VERSION = 4
 _IMATRIX_VERSION = 1
 
 
@@ -128,7 +131,9 @@ class Conversion:
     def sequences(self) -> "Sequences":
         """The calibration text as token ids, with pieces of it held back."""
         from ggufkit.scaling.calibration import cut_sequences, read_documents
+        from ggufkit.scaling.streaming import load_torch
 
+        load_torch()
         trust = self.fetch.trust_remote_code
         documents, kind = read_documents(
             self.calibration_text.path, self.index, trust_remote_code=trust
@@ -165,8 +170,10 @@ class Conversion:
             settings.cache_dir(),
         )
 
-    def plans_for(self, types: Iterable[str]) -> dict[str, dict[str, PlannedTensor]]:
-        """What becomes of each tensor, for each type."""
+    def plans_for(
+        self, types: Iterable[str], meanwhile: Callable[[], object] | None = None
+    ) -> dict[str, dict[str, PlannedTensor]]:
+        """What becomes of each tensor, for each type; see :func:`stages.plan`."""
         return {
             type: stages.plan(
                 self.store,
@@ -176,6 +183,7 @@ class Conversion:
                 type,
                 self.progress,
                 imatrix=self.imatrix is not None,
+                meanwhile=meanwhile,
             )
             for type in types
         }
@@ -193,7 +201,7 @@ class Conversion:
             return dict.fromkeys(types, self._scales_from_elsewhere())
         plans = {
             type: {name: told.type or "f32" for name, told in plan.items()}
-            for type, plan in self.plans_for(types).items()
+            for type, plan in self.plans_for(types, meanwhile=lambda: self.sequences).items()
         }
         by_key = {canonical_json(plan): plan for plan in plans.values()}
         found: dict[str, Artifact] = {}
@@ -327,6 +335,8 @@ class Conversion:
         from ggufkit.scaling.autoawq import autoawq_version
 
         given = self.awq.scales
+        # The calibration text serves the check alone when scales are given.
+        searched_on = leaks.records_of_scales(self.store, given) if given else ()
 
         def work(directory: Path) -> dict[str, Json]:
             from ggufkit.scaling.awq import SCALES_FILE
@@ -340,6 +350,7 @@ class Conversion:
             return {
                 "calibration": self.calibration_text.name,
                 **self._sequence_facts,
+                **({"calibrated": to_json(searched_on)} if given else {}),
                 "divergence": self._check_function(directory),
                 "groups": sum(not name.endswith(CLIP) for name in scales),
                 "groups_left_alone": sum(bool((s == 1).all()) for s in scales.values()),
@@ -498,10 +509,10 @@ class Conversion:
         try:
             self.fold_into(stages.scales_file(scales), scratch)
             # Not beside the shards, where loaders look for weights.
-            shutil.copytree(scales.path, scratch / "awq")
+            shutil.copytree(scales.path, scratch / _FOLDED)
             if self.imatrix == "auto":
                 shutil.copyfile(
-                    self.imatrix_for(scales).file(".gguf"), scratch / "awq" / "imatrix.gguf"
+                    self.imatrix_for(scales).file(".gguf"), scratch / _FOLDED / "imatrix.gguf"
                 )
             if out.exists():
                 out.rmdir()
@@ -514,6 +525,7 @@ class Conversion:
         imatrix = self.imatrix
         if imatrix == "auto":
             imatrix = self.imatrix_for(scales).file(".gguf")
+        calibrated = self._calibrated(scales, imatrix)
 
         def fold(directory: Path) -> None:
             assert scales is not None
@@ -548,8 +560,21 @@ class Conversion:
             origin=self.checkpoint.origin,
             source=source,
             imatrix=imatrix,
+            calibrated=[to_json(record) for record in calibrated],
             progress=self.progress,
         )
+
+    def _calibrated(
+        self, scales: Artifact | None, imatrix: Path | None
+    ) -> tuple[leaks.Calibrated, ...]:
+        """What a file of this checkpoint is calibrated on, scales folded in before included."""
+        folded = self.checkpoint.path / _FOLDED / stages.SCALES_FILE
+        found = leaks.records_of_scales(self.store, folded) if folded.is_file() else ()
+        if scales:
+            found += leaks.records_of(self.store, scales.manifest)
+        if imatrix:
+            found += leaks.records_of_imatrix(self.store, imatrix)
+        return tuple(dict.fromkeys(found))
 
     def guarded(self, type: str, scaled: Artifact) -> tuple[Artifact, str]:
         """The better of a file with AWQ and the same without, on held-back text.

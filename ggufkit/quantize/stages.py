@@ -7,7 +7,8 @@ is asked for only by work that has to be done.
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -124,17 +125,17 @@ def _named(directory: Path, checkpoint: Checkpoint) -> Path:
     return link
 
 
-_SCALES = "scales.safetensors"
+SCALES_FILE = "scales.safetensors"
 
 
 def scales_file(scales: Artifact) -> Path:
     """The file of scales in an artifact."""
-    return scales.path / _SCALES
+    return scales.path / SCALES_FILE
 
 
 def scales_digest(scales: Artifact | None) -> str:
     """What identifies scales in a stage's inputs; empty without scales."""
-    return scales.manifest.outputs[_SCALES].sha256 if scales else ""
+    return scales.manifest.outputs[SCALES_FILE].sha256 if scales else ""
 
 
 def plan(
@@ -146,12 +147,16 @@ def plan(
     progress: Progress,
     *,
     imatrix: bool = False,
+    meanwhile: Callable[[], object] | None = None,
 ) -> dict[str, PlannedTensor]:
     """Ask llama-quantize which ggml type each tensor of a checkpoint will get.
 
     The question is put to ``--dry-run`` with a GGUF of the right names, shapes
     and metadata but no data, so it costs no conversion. With an importance
     matrix llama-quantize mixes otherwise, whatever the matrix says.
+
+    ``meanwhile`` is called beside the converter, a process of seconds, if that
+    has to run; it is for what the caller will need anyway.
 
     Returns:
         What becomes of each tensor, by its name in the checkpoint.
@@ -160,16 +165,19 @@ def plan(
     tool = {"llama.cpp": build.commit}
 
     def write_vocab(directory: Path) -> dict[str, Json]:
-        toolchain.convert_checkpoint(
-            build,
-            _named(directory, checkpoint),
-            directory / "vocab.gguf",
-            outtype="f16",
-            name=checkpoint.name,
-            vocab_only=True,
-            log=store.log("convert"),
-            progress=progress,
-        )
+        with ThreadPoolExecutor(1) as pool:
+            prepared = pool.submit(meanwhile or (lambda: None))
+            toolchain.convert_checkpoint(
+                build,
+                _named(directory, checkpoint),
+                directory / "vocab.gguf",
+                outtype="f16",
+                name=checkpoint.name,
+                vocab_only=True,
+                log=store.log("convert"),
+                progress=progress,
+            )
+            prepared.result()
         return {}
 
     def write_plan(directory: Path) -> dict[str, Json]:
@@ -316,6 +324,7 @@ def quantize(
     source: Callable[[], Path],
     imatrix: Path | None = None,
     allow_requantize: bool = False,
+    calibrated: Sequence[Json] = (),
     progress: Progress,
 ) -> Artifact:
     """Quantize a GGUF to one type with llama-quantize.
@@ -331,6 +340,8 @@ def quantize(
         source: gives the GGUF to quantize; called only if there is work.
         imatrix: importance matrix, whose digest the recipe holds.
         allow_requantize: let already quantized tensors be quantized again.
+        calibrated: on what texts the file is calibrated, for the manifest; see
+            :mod:`ggufkit.evaluate.leaks`.
         progress: told how far it is.
     """
 
@@ -357,6 +368,7 @@ def quantize(
             "nbytes": written.nbytes,
             "peak_rss_nbytes": told.peak_rss_nbytes,
             "origin": origin,
+            "calibrated": list(calibrated),
         }
 
     return store.run(

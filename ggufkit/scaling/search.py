@@ -11,10 +11,10 @@ outputs, or queries and keys beside values, decide alone; wholly relative, outpu
 that hardly matter would.
 
 Candidates are those of AWQ (Lin et al., 2023): s = E|x|^a / max|w|^b, with
-b = 0 or b = 1 - a, from a coarse grid and then finer around the best. For types
-that quantize slowly they are told apart on a sample of rows, and the best have
-to hold on all of them. Identity is always a candidate and wins ties, so no
-group ends worse on the objective.
+b = 0 or b = 1 - a, from a coarse grid and then finer around the best. They are
+told apart on a sample of rows, and the best have to hold on all of them.
+Identity is always a candidate and wins ties, so no group ends worse on the
+objective.
 """
 
 from collections.abc import Sequence
@@ -36,10 +36,8 @@ SHIFTS = (0.25, 0.5, 0.75)
 """Where between two powers of two to round, as an exponent of two."""
 CLIP_RATIOS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 """Shares of a row's largest weight to clip at, where clipping is asked for."""
-QUICK_TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
-"""Types that round without a search, unless there is an importance matrix."""
 SAMPLE_ROWS = 192
-"""Rows of a matrix on which candidates for slower types are told apart."""
+"""Rows of a matrix on which candidates are told apart."""
 FINALISTS = 3
 """How many of the best by sample are then tried on all rows."""
 _TINY = 1e-8
@@ -113,8 +111,7 @@ class GroupObjective:
         ]
         errors = [self._row_errors(part, None) for part in self._all]
         self._sample = [
-            part if part.kind.name in QUICK_TYPES and not importance else _sampled(part, error)
-            for part, error in zip(self._all, errors, strict=True)
+            _sampled(part, error) for part, error in zip(self._all, errors, strict=True)
         ]
         self.plain = float(sum(e.sum(dtype=e.double().dtype) for e in errors))
         """The objective of identity."""

@@ -7,6 +7,7 @@ drops them again: memory holds one block and the hidden states, which move to
 disk when they are many.
 """
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,23 @@ TOKENS_AT_ONCE = 2048
 """Tokens of a forward step inside a block: enough to keep the cores busy."""
 HIDDEN_NBYTES_IN_MEMORY = 1 << 30
 """Hidden states above this size live in a file."""
+
+
+def load_torch() -> None:
+    """Import torch so that its threads sleep when they have nothing to do.
+
+    By default they wait by spinning, for the very cores on which ggml's threads
+    round candidates in between. The setting is read when torch loads; it must not
+    reach the programs that are started later.
+    """
+    name = "OMP_WAIT_POLICY"
+    ours = name not in os.environ
+    os.environ.setdefault(name, "passive")
+    try:
+        import torch  # noqa: F401
+    finally:
+        if ours:
+            del os.environ[name]
 
 
 class LoadedBlock:
