@@ -8,14 +8,12 @@ with an importance matrix, and with both, on a text that was not calibrated on.
 
 import argparse
 import json
-import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from bench.perplexity import perplexity, quality
 from bench.processes import GGUFKIT, checked, mib
 from ggufkit import settings, sources
 from ggufkit.evaluate.texts import load_text
@@ -31,17 +29,6 @@ WAYS = {
     "AWQ + imatrix": ["--awq", "--imatrix", "auto"],
 }
 AUTOAWQ = "AutoAWQ"
-_NUMBER = r"\s+(-?[\d.]+)\s+±\s+([\d.]+)"
-
-
-@dataclass(frozen=True)
-class Quality:
-    """One file against F32: perplexity and mean KL divergence with standard errors."""
-
-    perplexity: float
-    divergence: float
-    divergence_error: float
-    nbytes: int
 
 
 def main() -> None:
@@ -124,8 +111,7 @@ def print_function(
     print("|---|---|")
     for name, path in {"original": model.path, **folded}.items():
         file = convert(path, scratch / "floats", "f32", [])
-        output = run_perplexity(build, file, text, options.chunks, [])
-        print(f"| {name} | {found(r'Final estimate: PPL = ([.0-9]+)', output)[1]} |", flush=True)
+        print(f"| {name} | {perplexity(build, file, text, options.chunks):.4f} |", flush=True)
         shutil.rmtree(scratch / "floats")
 
 
@@ -167,10 +153,7 @@ def print_quality(
     text = load_text(options.measure, cache=settings.cache_dir()).path
     reference = convert(model.path, models, "f32", [])
     logits = models / "logits.bin"
-    output = run_perplexity(
-        build, reference, text, options.chunks, ["--save-all-logits", str(logits)]
-    )
-    base = float(found(r"Final estimate: PPL = ([\d.]+)", output)[1])
+    base = perplexity(build, reference, text, options.chunks, logits)
     print(f"\n{model.name}, calibrated on {Path(options.calibration).name}, measured on")
     print(f"{options.chunks} chunks of {Path(options.measure).name}; F32 {base:.4f}\n")
     print("| type | way | MiB | perplexity | gap won back | mean KL divergence |")
@@ -196,42 +179,6 @@ def convert(model: Path, models: Path, type: str, arguments: Sequence[str]) -> P
     ran = checked([*command, *arguments, "--json"])
     (result,) = json.loads("\n".join(ran.tail))
     return Path(result["path"])
-
-
-def quality(build: NativeBuild, model: Path, text: Path, chunks: int, logits: Path) -> Quality:
-    arguments = ["--kl-divergence-base", str(logits), "--kl-divergence"]
-    output = run_perplexity(build, model, text, chunks, arguments)
-    divergence = found(r"Mean\s+KLD:" + _NUMBER, output)
-    return Quality(
-        float(found(r"Mean PPL\(Q\)\s*:" + _NUMBER, output)[1]),
-        float(divergence[1]),
-        float(divergence[2]),
-        model.stat().st_size,
-    )
-
-
-def run_perplexity(
-    build: NativeBuild, model: Path, text: Path, chunks: int, arguments: Sequence[str]
-) -> str:
-    pieces: list[str] = []
-    tool = build.tool("llama-perplexity")
-    ran = toolchain.run(
-        [
-            *(tool, "-m", model, "-f", text, "-c", "512", "--chunks", str(chunks)),
-            *("-t", str(settings.threads()), *arguments),
-        ],
-        on_text=pieces.append,
-    )
-    if ran.returncode:
-        sys.exit("\n".join(ran.tail))
-    return "".join(pieces)
-
-
-def found(pattern: str, output: str) -> re.Match[str]:
-    match = re.search(pattern, output)
-    if match is None:
-        sys.exit(f"llama-perplexity did not print {pattern}:\n{output[-2000:]}")
-    return match
 
 
 if __name__ == "__main__":

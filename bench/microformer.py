@@ -2,8 +2,9 @@
 
 It models sequences of microbes, and there is no text for it; so it calibrates
 on sequences that it samples itself and is measured on others. The converter
-does not know its tokenizer, so weights are rounded by ggml in place here, all
-maps of the blocks to one type: its 256 columns suit every type.
+does not know its tokenizer. For AWQ, weights are therefore rounded by ggml in
+place, all maps of the blocks to one type: its 256 columns suit every type. For
+llama.cpp, each microbe is spelled as one character.
 """
 
 import json
@@ -18,6 +19,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import GPT2LMHeadModel
 
+from bench.processes import PYTHON, checked
 from ggufkit import settings
 from ggufkit.checkpoint.index import open_checkpoint
 from ggufkit.llamacpp.ggml import Ggml
@@ -32,6 +34,33 @@ REQUIREMENT = "microformer-mgm==0.5.8"
 SHA256 = "210891685565022ea869e88a7452769dc6fbe3f699d2a133e15338d1e30eb92b"
 TYPES = ("q4_0", "q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k")
 SEQUENCES, LENGTH = 32, 256
+FIRST_CHARACTER = 0x4E00
+"""Unicode has more than 20,000 characters in a row from here on."""
+CONVERT = """
+import runpy
+import sys
+
+from_script, *sys.argv = sys.argv[1:]
+sys.path.insert(0, from_script.rpartition("/")[0])
+from conversion.gpt2 import GPT2Model
+
+
+def set_vocab(self):
+    count, writer = self.hparams["vocab_size"], self.gguf_writer
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([chr(FIRST_CHARACTER + n) for n in range(count)])
+    writer.add_token_scores([0.0] * count)
+    writer.add_token_types([1] * count)
+    writer.add_add_bos_token(False)
+    writer.add_add_space_prefix(False)
+    for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_unk_token_id):
+        add(0)
+
+
+GPT2Model.set_vocab = set_vocab
+runpy.run_path(from_script, run_name="__main__")
+""".replace("FIRST_CHARACTER", str(FIRST_CHARACTER))
+"""Runs llama.cpp's converter, with this vocabulary instead of one of its own."""
 
 
 def print_microformer(build: NativeBuild, scratch: Path) -> None:
@@ -66,6 +95,7 @@ def fetch(directory: Path) -> Path:
         for name, tensor in tensors.items()
         if name != "lm_head.weight" and not name.endswith((".attn.bias", ".masked_bias"))
     }
+    config["n_ctx"] = config["n_positions"]  # the converter's name for it
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
     # Nothing is tokenized here, but a checkpoint without a tokenizer is refused.
     words = {f"microbe-{n}": n for n in range(config["vocab_size"])}
@@ -74,14 +104,27 @@ def fetch(directory: Path) -> Path:
     return directory
 
 
-def sample(model: Any) -> torch.Tensor:
-    start = torch.full((SEQUENCES, 1), int(model.config.bos_token_id or 0))
+def as_gguf(build: NativeBuild, checkpoint: Path, out: Path) -> Path:
+    """The model for llama.cpp, in F32; :func:`as_text` spells tokens for it."""
+    script = build.scripts / "convert_hf_to_gguf.py"
+    checked(
+        [PYTHON, "-c", CONVERT, script, script, checkpoint, "--outfile", out, "--outtype", "f32"]
+    )
+    return out
+
+
+def as_text(tokens: torch.Tensor) -> str:
+    return "".join(chr(FIRST_CHARACTER + n) for n in tokens.flatten().tolist())
+
+
+def sample(model: Any, sequences: int = SEQUENCES, length: int = LENGTH) -> torch.Tensor:
+    start = torch.full((sequences, 1), int(model.config.bos_token_id or 0))
     tokens: torch.Tensor = model.generate(
         start,
         attention_mask=torch.ones_like(start),
         do_sample=True,
-        min_length=LENGTH,
-        max_length=LENGTH,
+        min_length=length,
+        max_length=length,
         pad_token_id=0,
     )
     return tokens
