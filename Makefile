@@ -15,16 +15,17 @@ bin := $(VENV)/bin
 stamp := $(VENV)/.installed
 fresh := $(VENV)/.fresh
 
-.PHONY: help demo test venv native check format bench bench-awq clean
+.PHONY: help demo test venv native check format bench bench-awq bench-compare clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
-	@echo "further: make venv, native, check, format, bench, bench-awq, clean"
+	@echo "further: make venv, native, check, format, bench, bench-awq, bench-compare, clean"
 
 demo: native
 	$(bin)/ggufkit demo $(ARGS)
 
 test: native
+	@$(bin)/python -m tests.browser
 	$(bin)/python -m pytest $(ARGS)
 
 venv: $(stamp)
@@ -62,6 +63,9 @@ bench: native
 
 bench-awq: native
 	$(bin)/python -m bench.awq $(ARGS)
+
+bench-compare: native
+	$(bin)/python -m bench.compare $(ARGS)
 
 # Models and native builds stay: they cost more than a minute to make again.
 clean:

@@ -560,7 +560,7 @@ class Conversion:
             origin=self.checkpoint.origin,
             source=source,
             imatrix=imatrix,
-            calibrated=[to_json(record) for record in calibrated],
+            calibrated=to_json(calibrated),
             progress=self.progress,
         )
 

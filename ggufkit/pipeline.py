@@ -16,17 +16,27 @@ from ggufkit.values import (
     Artifact,
     AwqOptions,
     AwqResult,
+    BenchOptions,
     Calibration,
     Checkpoint,
+    ComparisonReport,
     DemoResult,
     EvalResult,
     FetchOptions,
     QuantizeResult,
     QuantRecipe,
+    SpeedResult,
+    TaskDifference,
+    TaskResult,
+    Text,
+    to_json,
 )
 
 if TYPE_CHECKING:
     from ggufkit.doctor import Finding
+    from ggufkit.evaluate.leaks import LeakGuard
+    from ggufkit.evaluate.report.values import ModelFile, Report, WrittenReport
+    from ggufkit.evaluate.results import Results
     from ggufkit.library import ModelEntry
     from ggufkit.llamacpp.building import BuildReport
     from ggufkit.llamacpp.runtime import Sampling
@@ -225,6 +235,8 @@ def quantize(
         models_dir: the models directory.
         progress: who to tell.
     """
+    from ggufkit import library
+    from ggufkit.evaluate import leaks
     from ggufkit.llamacpp import toolchain
     from ggufkit.llamacpp.gguf import read_gguf
     from ggufkit.quantize import stages
@@ -237,6 +249,9 @@ def quantize(
     store = Store(models_dir or settings.models_dir())
     stem = stem_of(gguf)
     require_space(store.root, space_forecast(header.parameters, wanted), f"quantizing {gguf.name}")
+    calibrated = leaks.calibrations_of(store, gguf, library.manifest_of(gguf))
+    if imatrix:
+        calibrated = (*(calibrated or ()), *leaks.records_of_imatrix(store, imatrix))
     results = []
     for type in wanted:
         recipe = QuantRecipe(type, imatrix=store.digest(imatrix).sha256 if imatrix else "")
@@ -251,6 +266,7 @@ def quantize(
             source=lambda: gguf,
             imatrix=imatrix,
             allow_requantize=allow_requantize,
+            calibrated=None if calibrated is None else to_json(calibrated),
             progress=progress,
         )
         results.append(_result_of(artifact, _place(store, artifact, out)))
@@ -258,31 +274,41 @@ def quantize(
 
 
 def ppl(
-    text: str,
+    text: str | Sequence[str],
     models: Sequence[Path],
     *,
+    domains: Path | None = None,
     context: int = 512,
     chunks: int | None = None,
     gpu_layers: int = 0,
+    allow_leak: bool = False,
     column: str | None = None,
     text_dir: Path | None = None,
     models_dir: Path | None = None,
     progress: Progress = SILENT,
 ) -> list[EvalResult]:
-    """Measure the perplexity of models on a text with llama-perplexity.
+    """Measure the perplexity of models on texts with llama-perplexity.
 
     Args:
-        text: name or file of the text.
+        text: name or file of a text, or of several.
         models: GGUFs, measured one after the other.
+        domains: a directory of further texts, one for each domain.
         context: tokens per chunk.
-        chunks: how many chunks at most; None for all.
+        chunks: how many chunks of each text at most; None for all.
         gpu_layers: layers to put on a GPU.
-        column: the text's column, if the file has several.
+        allow_leak: measure even on text that a model was calibrated on, and say so.
+        column: the texts' column, if files have several.
         text_dir: offline copies of named texts.
         models_dir: the models directory, where results are kept.
         progress: told the running estimate.
+
+    Returns:
+        A result for each model on each text, text by text.
+
+    Raises:
+        GgufkitError: if a text is too short, or a model was calibrated on it.
     """
-    from ggufkit.evaluate import perplexity, texts
+    from ggufkit.evaluate import perplexity
     from ggufkit.llamacpp import toolchain
     from ggufkit.llamacpp.gguf import read_gguf
     from ggufkit.store import Store
@@ -293,26 +319,324 @@ def ppl(
         read_gguf(model, arrays=False)  # a broken file is told before hours of work on others
     build = toolchain.find_build()
     store = Store(models_dir or settings.models_dir())
-    read = texts.load_text(
-        text,
-        column=column,
-        text_dir=text_dir or settings.text_dir(),
-        cache=settings.cache_dir(),
-        progress=progress,
-    )
-    return [
-        perplexity.measure(
-            store,
-            build,
-            model,
-            read,
-            context=context,
-            chunks=chunks,
-            gpu_layers=gpu_layers,
+    specs = [text] if isinstance(text, str) else text
+    read = _texts(specs, domains, context, column, text_dir, progress)
+    guard = _leak_guard(store, allow_leak, progress)
+    leaks = {(part.digest, model): guard.check(model, part) for part in read for model in models}
+    found: dict[tuple[str, Path], EvalResult] = {}
+    # Of several texts the shortest is most likely to turn out too short: that comes first.
+    for part in sorted(read, key=lambda part: part.nbytes):
+        for model in models:
+            leak = leaks[part.digest, model]
+            found[part.digest, model] = perplexity.measure(
+                store,
+                build,
+                model,
+                part,
+                context=context,
+                chunks=chunks,
+                gpu_layers=gpu_layers,
+                overlap=leak.overlap,
+                notes=leak.notes,
+                progress=progress,
+            )
+    return [found[part.digest, model] for part in read for model in models]
+
+
+def _texts(
+    specs: Sequence[str],
+    domains: Path | None,
+    context: int,
+    column: str | None,
+    text_dir: Path | None,
+    progress: Progress,
+) -> tuple[Text, ...]:
+    """The texts that somebody names, and those in a directory of domains; none twice."""
+    from ggufkit.evaluate.domains import check_length, load_domains
+    from ggufkit.evaluate.texts import load_text
+
+    cache = settings.cache_dir()
+    found = [
+        load_text(
+            spec,
+            column=column,
+            text_dir=text_dir or settings.text_dir(),
+            cache=cache,
             progress=progress,
         )
+        for spec in specs
+    ]
+    for text in found:
+        check_length(text, context)
+    if domains:
+        found += load_domains(
+            domains, context=context, column=column, cache=cache, progress=progress
+        )
+    if not found:
+        raise UsageError("there is no text to measure with", "Name one, or a folder of --domains")
+    first: dict[str, Text] = {}
+    for text in found:
+        first.setdefault(text.digest, text)
+    return tuple(first.values())
+
+
+def _leak_guard(store: "Store", allow: bool, progress: Progress) -> "LeakGuard":
+    from ggufkit.evaluate.leaks import LeakGuard
+    from ggufkit.library import manifest_of
+
+    return LeakGuard(store, manifest_of, settings.cache_dir(), allow, progress)
+
+
+def bench(
+    models: Sequence[Path],
+    *,
+    options: BenchOptions | None = None,
+    again: bool = False,
+    models_dir: Path | None = None,
+    progress: Progress = SILENT,
+) -> list[SpeedResult]:
+    """Measure how fast models read and write, with llama-bench.
+
+    Args:
+        models: GGUFs, measured one after the other.
+        options: what to measure.
+        again: measure anew what was measured before.
+        models_dir: the models directory, where results are kept.
+        progress: told what is measured and how far it is.
+
+    Returns:
+        Per model one result for each setting, prompts first.
+    """
+    from ggufkit.evaluate.speed import Bench
+    from ggufkit.llamacpp import toolchain
+    from ggufkit.store import Store
+
+    store = Store(models_dir or settings.models_dir())
+    speed = Bench(
+        store,
+        toolchain.find_build(),
+        options or BenchOptions(),
+        again=again,
+        progress=progress,
+    )
+    for model in models:
+        speed.settings(model)  # what cannot be measured is told before time is spent on others
+    return [result for model in models for result in speed.measure(model)]
+
+
+def compare(
+    reference: Path,
+    models: Sequence[Path],
+    *,
+    texts: Sequence[str] = ("wikitext",),
+    domains: Path | None = None,
+    context: int = 512,
+    chunks: int | None = None,
+    gpu_layers: int = 0,
+    confidence: float = 0.95,
+    seed: int = 0,
+    reference_cache: Path | None = None,
+    allow_leak: bool = False,
+    column: str | None = None,
+    text_dir: Path | None = None,
+    models_dir: Path | None = None,
+    progress: Progress = SILENT,
+) -> ComparisonReport:
+    """Compare models with a reference: divergence, perplexity, and what is real of it.
+
+    All read the same chunks in this process; chunks and figures are those of
+    ``llama-perplexity --kl-divergence``, but no file of logits is written.
+
+    Args:
+        reference: the GGUF that the others are measured against, most often F32 or F16.
+        models: the candidates' GGUFs.
+        texts: names or files of texts; each is a comparison of its own.
+        domains: a directory of further texts, one for each domain.
+        context: tokens per chunk.
+        chunks: how many chunks of each text at most; None for all.
+        gpu_layers: layers to put on a GPU.
+        confidence: of the verdicts.
+        seed: of the bootstrap behind them.
+        reference_cache: directory of compact references: what is there is used
+            instead of reading with the reference (divergences are then lower
+            bounds), what is missing is written.
+        allow_leak: compare even on text that a model was calibrated on, and say so.
+        column: the texts' column, if files have several.
+        text_dir: offline copies of named texts.
+        models_dir: the models directory, where results are kept.
+        progress: who to tell.
+    """
+    from ggufkit.evaluate import comparison
+    from ggufkit.llamacpp import toolchain
+    from ggufkit.store import Store
+
+    if context < 8 or (chunks is not None and chunks < 1):
+        raise UsageError("a context needs at least 8 tokens, and at least 1 chunk")
+    if not 0 < confidence < 1:
+        raise UsageError(f"a confidence lies between 0 and 1, and {confidence} does not")
+    if not models:
+        raise UsageError("there is no model to compare with the reference", "Name one or more")
+    store = Store(models_dir or settings.models_dir())
+    setting = comparison.Setting(context, chunks, gpu_layers, confidence, seed, reference_cache)
+    comparer = comparison.Comparer(
+        store, toolchain.find_build(), reference, list(dict.fromkeys(models)), setting, progress
+    )
+    read = _texts(texts, domains, context, column, text_dir, progress)
+    guard = _leak_guard(store, allow_leak, progress)
+    leaks = {(text.digest, m): guard.check(m, text) for text in read for m in (reference, *models)}
+    return comparer.compare(read, leaks)
+
+
+def task(
+    name: str,
+    file: Path,
+    models: Sequence[Path],
+    *,
+    questions: int | None = None,
+    gpu_layers: int = 0,
+    models_dir: Path | None = None,
+    progress: Progress = SILENT,
+) -> tuple[list[TaskResult], list[TaskDifference]]:
+    """Ask models questions with given answers, with llama-perplexity.
+
+    Args:
+        name: ``hellaswag``, ``winogrande``, ``multiple-choice`` or ``truthful-qa``.
+        file: the questions, in the tool's own format or as published in JSON.
+        models: GGUFs, asked one after the other.
+        questions: ask only so many, chosen as by chance; None for all.
+        gpu_layers: layers to put on a GPU.
+        models_dir: the models directory, where results are kept.
+        progress: told question by question.
+
+    Returns:
+        A result for each model, and for each but the first how it differs from
+        the first.
+    """
+    from ggufkit.evaluate import tasks
+    from ggufkit.evaluate.questions import choose, read_questions
+    from ggufkit.llamacpp import toolchain
+    from ggufkit.llamacpp.gguf import read_gguf
+    from ggufkit.store import Store
+
+    for model in models:
+        read_gguf(model, arrays=False)  # a broken file is told before hours of work on others
+    build = toolchain.find_build()
+    store = Store(models_dir or settings.models_dir())
+    data = read_questions(file, name, progress)
+    if questions:
+        data = choose(data, questions)
+    sheets = [
+        tasks.measure(store, build, model, name, data, gpu_layers=gpu_layers, progress=progress)
         for model in models
     ]
+    return [sheet.result for sheet in sheets], tasks.differences(sheets)
+
+
+def report(
+    models: Sequence[Path] = (),
+    *,
+    out: Path | None = None,
+    tolerance: float = 0.05,
+    force: bool = False,
+    models_dir: Path | None = None,
+    progress: Progress = SILENT,
+) -> "WrittenReport":
+    """Write stored results as one HTML page, and as Markdown beside it.
+
+    Nothing is measured anew. What cannot be compared is kept apart, and what is
+    left out is said.
+
+    Args:
+        models: GGUFs to show; their references come along. None for all that have
+            results.
+        out: the page; None for ``report.html`` in the models directory.
+        tolerance: share of perplexity that a recommended file may cost.
+        force: replace files that are no reports.
+        models_dir: the models directory, where results are kept.
+        progress: told while files are hashed.
+
+    Raises:
+        SourceError: if nothing about these models' quality is stored.
+        UsageError: if a file is in the way, or nothing can be written there.
+        DiskSpaceError: if the disk is full; then neither file has changed.
+    """
+    from ggufkit.evaluate.report import html, markdown, plots, write
+    from ggufkit.evaluate.report.values import WrittenReport
+
+    page = out or (models_dir or settings.models_dir()) / "report.html"
+    write.check_targets(page, force=force)
+    plots.require_matplotlib()
+    found = gather_report(models, tolerance=tolerance, models_dir=models_dir, progress=progress)
+    write.write_report(page, html.render(found), markdown.render(found))
+    return WrittenReport(page, write.twin_of(page), found)
+
+
+def gather_report(
+    models: Sequence[Path] = (),
+    *,
+    tolerance: float = 0.05,
+    models_dir: Path | None = None,
+    progress: Progress = SILENT,
+) -> "Report":
+    """What :func:`report` shows, as a value; nothing is drawn or written.
+
+    Args:
+        models: as for :func:`report`.
+        tolerance: as for :func:`report`.
+        models_dir: as for :func:`report`.
+        progress: as for :func:`report`.
+
+    Raises:
+        SourceError: if nothing about these models' quality is stored.
+    """
+    from ggufkit.evaluate.report.gather import gather
+    from ggufkit.evaluate.results import read_results
+    from ggufkit.store import Store
+
+    store = Store(models_dir or settings.models_dir())
+    results = read_results(store)
+    files = _model_files(store, models, results, progress)
+    manifests = [artifact.manifest for artifact in store.artifacts()]
+    manifests += [file.manifest for file in files if file.manifest]
+    return gather(
+        results,
+        files,
+        makers={digest.sha256: m for m in manifests for digest in m.outputs.values()},
+        tolerance=tolerance,
+        only={store.digest(model, progress).sha256 for model in models} if models else None,
+    )
+
+
+def _model_files(
+    store: "Store", models: Sequence[Path], results: "Results", progress: Progress
+) -> list["ModelFile"]:
+    """The files that results may belong to: those named, those kept here, those measured."""
+    from contextlib import suppress
+
+    from ggufkit import library
+    from ggufkit.errors import SourceError
+    from ggufkit.evaluate import leaks
+    from ggufkit.evaluate.report.values import ModelFile
+    from ggufkit.llamacpp.gguf import read_gguf
+
+    kept = library.list_models(store)
+    names = [entry.name for entry in kept]
+    specs = {e.path: e.name if names.count(e.name) == 1 else str(e.path) for e in kept}
+    measured = [path for path in sorted(results.paths) if path.is_file()]
+    places = {path.resolve(): path for path in reversed((*specs, *models, *measured))}
+    files: dict[str, ModelFile] = {}
+    for path in reversed(places.values()):
+        # Hashing a large file that nothing was measured of would be a waste.
+        if not results.may_be(path.stat().st_size):
+            continue
+        digest = store.digest(path, progress).sha256
+        manifest, header, calibrated = library.manifest_of(path), None, None
+        with suppress(IntegrityError, SourceError):
+            header = read_gguf(path, arrays=False)
+            calibrated = leaks.calibrations_of(store, path, manifest)
+        spec = specs.get(path, str(path))
+        files.setdefault(digest, ModelFile(path, digest, header, manifest, spec, calibrated))
+    return list(files.values())
 
 
 def _resolve(

@@ -245,6 +245,21 @@ class Store:
             self._digests.save()
             return Artifact(final, manifest, reused=False)
 
+    def find(
+        self,
+        stage: str,
+        *,
+        version: int,
+        model: str,
+        inputs: Mapping[str, Json],
+        options: Mapping[str, Json],
+        tool: Mapping[str, Json],
+        progress: Progress = SILENT,
+    ) -> Artifact | None:
+        """The published result of a stage, if it is there and whole; see :meth:`run`."""
+        key = stage_key(stage, version, inputs, options, tool)
+        return self._reusable(self._artifact_dir(model, stage, key), progress)
+
     def _artifact_dir(self, model: str, stage: str, key: str) -> Path:
         if not model or model.startswith(".") or Path(model).name != model:
             raise UsageError(f"'{model}' cannot be the name of a model")

@@ -228,6 +228,9 @@ class EvalResult:
         file_nbytes: size of the model's file.
         seconds: wall time of the tool.
         reused: whether the stored result of an earlier run was used.
+        overlap: share of the text that a calibration text of the model holds too; None
+            if it has none, or that is not known.
+        notes: what is to be known of the figures, such as an overlap that was allowed.
     """
 
     model: Path
@@ -242,6 +245,8 @@ class EvalResult:
     file_nbytes: int
     seconds: float
     reused: bool = False
+    overlap: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -263,8 +268,8 @@ class Difference:
         verdict: what is said of ``model``: ``better``, ``worse`` or
             ``indistinguishable``.
         chunks_to_decide: chunks in all after which a difference of this size would be
-            told from none; None if the verdict is clear, or no number of
-            chunks would do (the difference is 0).
+            told from none, four times out of five; None if the verdict is clear, or
+            no text would do (the difference is 0, or next to nothing).
     """
 
     measure: str
@@ -317,6 +322,13 @@ class Comparison:
         seconds: wall time of the candidate's own part.
         computed_chunks: chunks computed now; the rest was there already.
         reused: whether nothing at all had to be computed.
+        overlap: share of the text that a calibration text of the candidate holds too;
+            None if it has none, or that is not known.
+        notes: what is to be known of the figures, such as an overlap that was allowed.
+        divergence_shortfall: None if the divergence is exact. If the reference came out
+            of a compact cache, divergences are lower bounds, and this is by how large a
+            share the mean was too low when the cache was written (the largest share
+            of the models that were compared then); all else is exact.
     """
 
     model: Path
@@ -346,6 +358,75 @@ class Comparison:
     seconds: float = 0.0
     computed_chunks: int = 0
     reused: bool = False
+    overlap: float | None = None
+    notes: tuple[str, ...] = ()
+    divergence_shortfall: float | None = None
+
+
+@dataclass(frozen=True)
+class BytesComparison:
+    """Two models with different vocabularies on one text.
+
+    Their predictions are of different tokens, so all that can be compared is what
+    the same bytes of the text cost. Both read the same parts of it, which end where
+    both have the end of a token, and of each part the same second half is scored.
+
+    Attributes:
+        model: the candidate's GGUF.
+        reference: the reference's GGUF.
+        text: name of the text.
+        context: tokens per chunk at most.
+        chunks: number of chunks.
+        nbytes: bytes scored.
+        bits_per_byte: by the candidate.
+        reference_bits_per_byte: by the reference.
+        vocabulary_difference: in what the vocabularies differ, in words.
+        file_nbytes: size of the candidate's file.
+        reference_file_nbytes: size of the reference's file.
+        verdicts: the candidate against the reference.
+        seconds: wall time.
+        reused: whether nothing had to be computed.
+    """
+
+    model: Path
+    reference: Path
+    text: str
+    context: int
+    chunks: int
+    nbytes: int
+    bits_per_byte: float
+    reference_bits_per_byte: float
+    vocabulary_difference: str
+    file_nbytes: int
+    reference_file_nbytes: int
+    verdicts: tuple[Difference, ...] = ()
+    seconds: float = 0.0
+    reused: bool = False
+
+
+@dataclass(frozen=True)
+class PairDifference:
+    """A difference of two candidates on one text."""
+
+    text: str
+    difference: Difference
+
+
+@dataclass(frozen=True)
+class ComparisonReport:
+    """What ``compare`` found.
+
+    Attributes:
+        comparisons: each candidate beside the reference, text by text.
+        by_bytes: those whose vocabulary is not the reference's.
+        differences: of each pair of candidates, text by text.
+        notes: remarks to show beside them.
+    """
+
+    comparisons: tuple[Comparison, ...]
+    by_bytes: tuple[BytesComparison, ...] = ()
+    differences: tuple[PairDifference, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -368,8 +449,8 @@ class SpeedResult:
         file_nbytes: size of the model's file.
         bandwidth: bytes per second that the machine's memory gave to as many
             threads, measured beside it; None if it was not.
-        bandwidth_share: for generation, bytes of weights read per second over
-            ``bandwidth``; else None.
+        bandwidth_share: for generation, bytes of weights and of the KV cache read per
+            second over ``bandwidth``; else None.
         machine: the CPU's name.
         reused: whether the stored result of an earlier run was used.
     """
@@ -422,6 +503,33 @@ class TaskResult:
     file_nbytes: int
     seconds: float
     reused: bool = False
+
+
+@dataclass(frozen=True)
+class TaskDifference:
+    """What two models differ by on the same questions, and whether that is real.
+
+    Attributes:
+        task: such as ``hellaswag``.
+        model: the model judged.
+        other: the model that it is judged against.
+        questions: how many both were asked.
+        only_model: questions that only ``model`` answers rightly.
+        only_other: questions that only ``other`` answers rightly.
+        p_value: of McNemar's exact test: how likely counts at least as unequal would
+            be if both models were equally good.
+        verdict: what is said of ``model``: ``better`` or ``worse`` if ``p_value`` is
+            below 0.05, else ``indistinguishable``.
+    """
+
+    task: str
+    model: Path
+    other: Path
+    questions: int
+    only_model: int
+    only_other: int
+    p_value: float
+    verdict: str
 
 
 @dataclass(frozen=True)
@@ -527,6 +635,58 @@ class AwqOptions:
     sensitivity: bool = False
     clip: bool = False
     scales: Path | None = None
+
+
+FLASH_ATTENTION = ("auto", "on", "off")
+"""What flash attention can be set to; ``auto`` is on where the backend can do it."""
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What ``bench`` measures: every combination of these, each in a run of its own.
+
+    Attributes:
+        prompt: numbers of tokens read at once; empty for none.
+        generation: numbers of tokens generated one by one; empty for none.
+        depth: tokens that are in the context before.
+        threads: CPU threads; empty for as many as there are physical cores.
+        batch: tokens per logical batch.
+        ubatch: tokens per physical batch, at most ``batch``.
+        flash_attention: of ``FLASH_ATTENTION``.
+        gpu_layers: layers on a GPU, -1 for all; empty for all if there is a GPU.
+        repetitions: measurements of each, after a warm-up.
+        sweep: also vary threads, depth, ubatch, flash attention and GPU layers, one at
+            a time.
+    """
+
+    prompt: tuple[int, ...] = (512,)
+    generation: tuple[int, ...] = (128,)
+    depth: tuple[int, ...] = (0,)
+    threads: tuple[int, ...] = ()
+    batch: tuple[int, ...] = (2048,)
+    ubatch: tuple[int, ...] = (512,)
+    flash_attention: tuple[str, ...] = FLASH_ATTENTION[:1]
+    gpu_layers: tuple[int, ...] = ()
+    repetitions: int = 5
+    sweep: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured.
+
+        Raises:
+            UsageError: if a number is too small, or nothing is to be measured.
+        """
+        positive = (*self.prompt, *self.generation, *self.threads, *self.batch, *self.ubatch)
+        if min((*positive, self.repetitions), default=1) < 1:
+            raise UsageError("tokens, threads, batches and repetitions are at least 1")
+        if min(self.depth, default=0) < 0 or min(self.gpu_layers, default=0) < -1:
+            raise UsageError("a depth is at least 0; GPU layers are at least 0, or -1 for all")
+        if not (self.prompt or self.generation):
+            raise UsageError("there is nothing to measure", "Name tokens with -p or -n")
+        if not all((self.depth, self.batch, self.ubatch, self.flash_attention)):
+            raise UsageError("depth, batches and flash attention need at least one value each")
+        if unknown := set(self.flash_attention) - set(FLASH_ATTENTION):
+            raise UsageError(f"flash attention cannot be '{min(unknown)}'")
 
 
 @dataclass(frozen=True)

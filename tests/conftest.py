@@ -46,6 +46,31 @@ def demo_gguf(shared_models: Path) -> Path:
     return demo_gguf(Store(shared_models))
 
 
+@pytest.fixture(scope="session")
+def tiny_gguf(native: NativeBuild, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers with weights drawn by chance (Q4_0)."""
+    from ggufkit import pipeline
+    from tests.factory import make_checkpoint
+
+    place = tmp_path_factory.mktemp("tiny")
+    checkpoint = make_checkpoint(place / "tiny")
+    (made,) = pipeline.convert(str(checkpoint), types=["q4_0"], models_dir=place / "models")
+    return made.path
+
+
+@pytest.fixture(scope="session")
+def tiny_types(native: NativeBuild, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One such Llama as F32, Q8_0 and Q4_0."""
+    from ggufkit import pipeline
+    from tests.factory import make_checkpoint
+
+    place = tmp_path_factory.mktemp("types")
+    checkpoint = make_checkpoint(place / "tiny")
+    types = ["f32", "q8_0", "q4_0"]
+    made = pipeline.convert(str(checkpoint), types=types, models_dir=place / "models")
+    return {m.type: m.path for m in made}
+
+
 @pytest.fixture
 def run_cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Run a command line in this process: exit code, stdout, stderr."""

@@ -18,6 +18,7 @@ import io
 import json
 import math
 import shutil
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -602,3 +603,15 @@ BREAKERS: dict[str, Callable[[Path], None]] = {
     for name, function in list(globals().items())
     if name.startswith("break_")
 }
+
+
+def break_gguf(gguf: Path, out: Path, tensor: str) -> Path:
+    """Copy a GGUF, with an F32 tensor that holds a NaN."""
+    from ggufkit.llamacpp.gguf import read_gguf
+
+    found = next(t for t in read_gguf(gguf).tensors if t.name == tensor)
+    assert found.type == "F32"
+    raw = bytearray(gguf.read_bytes())
+    raw[found.offset : found.offset + 4] = struct.pack("<f", math.nan)
+    out.write_bytes(raw)
+    return out

@@ -204,7 +204,7 @@ def test_the_demo_gives_the_published_file_back(
 
 
 def test_awq_keeps_the_demo_in_f32_and_helps_it_in_q4_0(
-    shared_models: Path, text: Path, tmp_path: Path, native: NativeBuild
+    shared_models: Path, tmp_path: Path, native: NativeBuild
 ) -> None:
     calibration = Calibration("pydoc-calibration", samples=8)
     result = pipeline.awq(
@@ -221,7 +221,7 @@ def test_awq_keeps_the_demo_in_f32_and_helps_it_in_q4_0(
         "demo", types=["q4_0"], awq=True, calibration=calibration, models_dir=shared_models
     )
     told = pipeline.ppl(
-        str(text),
+        "pydoc-measure",
         [floats.path, folded.path, plain.path, scaled.path],
         chunks=2 * CHUNKS,
         models_dir=shared_models,
@@ -230,7 +230,7 @@ def test_awq_keeps_the_demo_in_f32_and_helps_it_in_q4_0(
     assert same == pytest.approx(reference, rel=1e-3)
     assert scaled.nbytes == plain.nbytes
     assert recovered < rounded - 0.25 * (rounded - reference)
-    again = pipeline.ppl(str(text), [plain.path], chunks=2 * CHUNKS, models_dir=shared_models)
+    again = pipeline.ppl("pydoc-measure", [plain.path], chunks=2 * CHUNKS, models_dir=shared_models)
     assert again[0].reused
 
 
@@ -252,25 +252,6 @@ def test_ppl_takes_the_newest_model_and_says_so(
     assert code == 0, err
     assert re.search(r"tiny-Q4_0 +\d+\.\d{4} ± \d+\.\d{4} +\+0\.0000", out)
     assert re.search(r"tiny-Q8_0 +\d+\.\d{4} ± \d+\.\d{4} +[+-]\d+\.\d{4}", out)
-
-
-def test_copies_of_a_text_in_containers_measure_the_same(
-    tmp_path: Path, text: Path, native: NativeBuild
-) -> None:
-    import pyarrow
-    from pyarrow import parquet
-
-    paragraphs = text.read_text(encoding="utf-8")[:40_000].split("\n\n")
-    (tmp_path / "text.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
-    parquet.write_table(pyarrow.table({"text": paragraphs}), tmp_path / "text.parquet")
-    checkpoint = make_checkpoint(tmp_path / "tiny")
-    models = tmp_path / "models"
-    (model,) = pipeline.convert(str(checkpoint), types=["q8_0"], models_dir=models)
-    plain, parquetted = (
-        pipeline.ppl(str(tmp_path / name), [model.path], context=64, chunks=8, models_dir=models)[0]
-        for name in ("text.txt", "text.parquet")
-    )
-    assert parquetted.perplexity == plain.perplexity
 
 
 def test_plain_conversion_does_not_load_torch(tmp_path: Path, native: NativeBuild) -> None:

@@ -17,6 +17,10 @@ out_option = click.option(
     help="Also put the files into this directory.",
 )
 
+leak_option = click.option(
+    "--allow-leak", is_flag=True, help="Measure even on text that a model was calibrated on."
+)
+
 
 def fetch_options(command: _Command) -> _Command:
     """Options that say how a model is found; the command gets ``fetch``."""

@@ -1,15 +1,21 @@
-"""``ggufkit ppl``: perplexity of models on a text."""
+"""``ggufkit ppl``: perplexity of models on texts."""
 
 from pathlib import Path
 
 import click
 
+from ggufkit.cli.options import leak_option
 from ggufkit.cli.session import Session, json_option, pass_session
 
 
 @click.command("ppl")
-@click.argument("text")
-@click.argument("models", nargs=-1, metavar="[MODEL]...")
+@click.argument("text_and_models", nargs=-1, metavar="TEXT [MODEL]...")
+@click.option("--text", "texts", multiple=True, help="A further text; may be given several times.")
+@click.option(
+    "--domains",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of texts, one file for each domain. TEXT is left out then.",
+)
 @click.option(
     "-c",
     "--context",
@@ -22,7 +28,8 @@ from ggufkit.cli.session import Session, json_option, pass_session
 @click.option(
     "-ngl", "--gpu-layers", type=int, default=0, show_default=True, help="Layers on the GPU."
 )
-@click.option("--column", help="Column of a parquet, arrow or jsonl text.")
+@leak_option
+@click.option("--column", help="Column of parquet, arrow or jsonl texts.")
 @click.option(
     "--text-dir",
     type=click.Path(path_type=Path),
@@ -32,11 +39,13 @@ from ggufkit.cli.session import Session, json_option, pass_session
 @pass_session
 def command(
     session: Session,
-    text: str,
-    models: tuple[str, ...],
+    text_and_models: tuple[str, ...],
+    texts: tuple[str, ...],
+    domains: Path | None,
     context: int,
     chunks: int | None,
     gpu_layers: int,
+    allow_leak: bool,
     column: str | None,
     text_dir: Path | None,
     as_json: bool,
@@ -49,15 +58,22 @@ def command(
     from ggufkit import pipeline
     from ggufkit.cli.tables import print_perplexities
 
+    models = text_and_models
+    if not domains:
+        if not models:
+            raise click.UsageError("Missing argument 'TEXT'.")
+        texts, models = (models[0], *texts), models[1:]
     found = [pipeline.find_model(m, session.models_dir) for m in models or (None,)]
     if not models:
         session.progress.say(f"measuring the newest model: {found[0]}")
     results = pipeline.ppl(
-        text,
+        texts,
         found,
+        domains=domains,
         context=context,
         chunks=chunks,
         gpu_layers=gpu_layers,
+        allow_leak=allow_leak,
         column=column,
         text_dir=text_dir,
         models_dir=session.models_dir,

@@ -1,6 +1,8 @@
 """Tables that several verbs print."""
 
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ggufkit.cli.session import nbytes_text
@@ -8,6 +10,8 @@ from ggufkit.values import EvalResult, QuantizeResult
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from ggufkit.evaluate.domains import Worst
 
 
 def print_quantized(console: "Console", results: Sequence[QuantizeResult]) -> None:
@@ -32,28 +36,75 @@ def _fallbacks(row: QuantizeResult) -> str:
 
 
 def print_perplexities(console: "Console", results: Sequence[EvalResult]) -> None:
-    """A table of perplexities; with several models also their difference to the first."""
+    """One table of perplexities; with several models also how they compare to the first.
+
+    Perplexities of different texts are not to be compared, so each is shown beside that of the
+    first model on the same text. With several texts the worst for each model is said.
+    """
     from rich.table import Table
 
+    from ggufkit.evaluate.domains import worst_by_perplexity
+
+    first: dict[str, EvalResult] = {}
+    for row in results:
+        first.setdefault(row.text, row)
+    several = len(results) > len(first)
+    for told in first.values():
+        console.print(
+            f"{told.text}: {told.tokens} tokens, {told.chunks} chunks of {told.context}",
+            soft_wrap=True,
+        )
     table = Table(box=None, pad_edge=False)
+    if len(first) > 1:
+        table.add_column("text", overflow="fold")
     table.add_column("model", overflow="fold")
     table.add_column("PPL", justify="right")
-    if len(results) > 1:
+    if several:
         table.add_column("to first", justify="right")
     for title in ("tokens/s", "memory", "file"):
         table.add_column(title, justify="right")
     for row in results:
-        difference = f"{row.perplexity - results[0].perplexity:+.4f}"
+        difference = row.perplexity - first[row.text].perplexity
         table.add_row(
-            row.model.stem,
+            *([_short(row.text) if row is first[row.text] else ""] if len(first) > 1 else []),
+            row.model.stem + (LEAK_MARK if _leaks(row) else ""),
             f"{row.perplexity:.4f} ± {row.error:.4f}",
-            *([difference] if len(results) > 1 else []),
+            *([f"{difference:+.4f}"] if several else []),
             "reused" if row.reused else f"{row.tokens_per_second:.0f}",
             nbytes_text(row.peak_rss_nbytes),
             nbytes_text(row.file_nbytes),
         )
-    told = results[0]
-    console.print(
-        f"{told.text}: {told.tokens} tokens, {told.chunks} chunks of {told.context}", soft_wrap=True
-    )
     console.print(table)
+    print_worst(console, worst_by_perplexity(results))
+    for row in filter(_leaks, results):
+        console.print(
+            f"{LEAK_MARK.strip()} calibrated on text that holds {100 * (row.overlap or 0):.0f} % "
+            f"of {row.text}: {row.model.stem} looks better there than it is",
+            soft_wrap=True,
+        )
+
+
+def _short(text: str) -> str:
+    """A text's name, or the last part of its path."""
+    return Path(text).name
+
+
+LEAK_MARK = " [!]"
+"""Behind the name of a model that was calibrated on the text."""
+
+
+def _leaks(row: EvalResult) -> bool:
+    from ggufkit.evaluate.leaks import is_leak
+
+    return is_leak(row.overlap)
+
+
+def print_worst(console: "Console", worst: Sequence["Worst"]) -> None:
+    """Say on which text each model loses most."""
+    for row in worst:
+        if row.measure == "divergence":
+            what = f"KL divergence {row.loss:.5f}, elsewhere {row.elsewhere:.5f}"
+        else:
+            here, elsewhere = (100 * math.expm1(loss) for loss in (row.loss, row.elsewhere))
+            what = f"perplexity {here:+.2f} % to the first, elsewhere {elsewhere:+.2f} %"
+        console.print(f"{row.model.stem} loses most on {_short(row.text)}: {what}", soft_wrap=True)

@@ -21,6 +21,8 @@ def measure(
     context: int,
     chunks: int | None,
     gpu_layers: int,
+    overlap: float | None = None,
+    notes: tuple[str, ...] = (),
     progress: Progress,
 ) -> EvalResult:
     """Perplexity of one model on one text.
@@ -37,15 +39,19 @@ def measure(
         context: tokens per chunk.
         chunks: how many chunks at most; None for all.
         gpu_layers: layers to put on a GPU.
+        overlap: share of the text that the model was calibrated on, to be kept with
+            the result; see :mod:`ggufkit.evaluate.leaks`.
+        notes: what else is to be kept with it.
         progress: told the running estimate, chunk by chunk.
 
     Raises:
         GgufkitError: if the text is shorter than two contexts.
     """
     file_nbytes = model.stat().st_size
+    title = f"perplexity of {model.stem} on {text.name}"
 
     def work(directory: Path) -> dict[str, Json]:
-        with progress.task(f"perplexity of {model.stem}", chunks, "chunks") as task:
+        with progress.task(title, chunks, "chunks") as task:
 
             def on_estimate(done: int, total: int | None, estimate: float) -> None:
                 if total:
@@ -61,15 +67,17 @@ def measure(
                 gpu_layers=gpu_layers,
                 threads=settings.threads(),
                 log=store.log(f"perplexity-{model.stem}"),
+                text_name=text.name,
                 on_estimate=on_estimate,
             )
         facts: dict[str, Json] = to_json(told)
-        return facts
+        facts |= {"model": str(model), "text": text.name, "file_nbytes": file_nbytes}
+        return facts | {"overlap": overlap, "notes": list(notes)}
 
     artifact = store.run(
         "evaluate",
         version=_VERSION,
-        model=_name_of(store, model),
+        model=name_in_store(store, model),
         inputs={"model": store.digest(model, progress).sha256, "text": text.digest},
         options={"context": context, "chunks": chunks, "gpu_layers": gpu_layers},
         tool={"llama.cpp": build.commit, "backend": build.backend},
@@ -90,11 +98,13 @@ def measure(
         file_nbytes=file_nbytes,
         seconds=facts["seconds"],
         reused=artifact.reused,
+        overlap=overlap,
+        notes=notes,
     )
 
 
-def _name_of(store: Store, model: Path) -> str:
-    """The model's directory in the store, or the file's own name."""
+def name_in_store(store: Store, model: Path) -> str:
+    """Where results of a model are kept: its directory in the store, or the file's own name."""
     try:
         return model.resolve().relative_to(store.root.resolve()).parts[0]
     except ValueError:

@@ -42,6 +42,8 @@ _OTHER_MAGIC = {
 }
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _ARROW_SUFFIXES = (".parquet", ".arrow", ".feather")
+CONTAINER_SUFFIXES = (*_JSON_SUFFIXES, *_ARROW_SUFFIXES)
+"""Endings of files whose rows have columns."""
 _MIN_DOCSTRING = 80
 """Shorter docstrings say little more than the name they stand under."""
 _DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

@@ -69,6 +69,23 @@ class GgmlType:
         return 8 * self.block_nbytes / self.block
 
 
+def load_library(library_dir: Path) -> ctypes.CDLL:
+    """Load libggml-base of a native build.
+
+    Raises:
+        ToolError: if it is not there or cannot be loaded.
+    """
+    path = next((library_dir / n for n in _LIBRARIES if (library_dir / n).exists()), None)
+    if path is None:
+        raise ToolError(f"there is no libggml-base in {library_dir}", "Run: ggufkit build")
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise ToolError(
+            f"{path} cannot be loaded: {error}", "Run: ggufkit build --force"
+        ) from error
+
+
 class Ggml:
     """libggml-base, loaded.
 
@@ -81,15 +98,7 @@ class Ggml:
     """
 
     def __init__(self, library_dir: Path, threads: int) -> None:
-        path = next((library_dir / n for n in _LIBRARIES if (library_dir / n).exists()), None)
-        if path is None:
-            raise ToolError(f"there is no libggml-base in {library_dir}", "Run: ggufkit build")
-        try:
-            self._lib = ctypes.CDLL(str(path))
-        except OSError as error:
-            raise ToolError(
-                f"{path} cannot be loaded: {error}", "Run: ggufkit build --force"
-            ) from error
+        self._lib = load_library(library_dir)
         self._lib.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
         self._lib.ggml_get_type_traits.argtypes = (ctypes.c_int,)
         self._lib.ggml_quantize_init.argtypes = (ctypes.c_int,)

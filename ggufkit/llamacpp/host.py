@@ -1,10 +1,14 @@
 """What this machine is, as far as a native build depends on it."""
 
 import ctypes
+import os
 import platform
 import re
 import sys
 from pathlib import Path
+from typing import Any
+
+_CPUS = Path("/sys/devices/system/cpu")
 
 # Instruction sets that `-march=native` may use. The kernel lists much more
 # (mitigations, virtualization), and that part changes with kernel updates.
@@ -62,10 +66,55 @@ def total_memory_nbytes() -> int | None:
         found = re.search(r"^MemTotal:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)
         return int(found[1]) * 1024 if found else None
     if sys.platform == "darwin":
-        size, value = ctypes.c_size_t(8), ctypes.c_uint64(0)
-        call = ctypes.CDLL(None).sysctlbyname
-        done = call(
-            b"hw.memsize", ctypes.byref(value), ctypes.byref(size), None, ctypes.c_size_t(0)
-        )
-        return value.value if done == 0 else None
+        return _number_from_sysctl("hw.memsize", ctypes.c_uint64(0))
     return None
+
+
+def physical_cores(cpus: Path = _CPUS) -> int | None:
+    """Cores that this process may run on, not counting hyperthreads; None if not known.
+
+    Args:
+        cpus: the kernel's description of them, on Linux.
+    """
+    if sys.platform == "darwin":
+        return _number_from_sysctl("hw.physicalcpu", ctypes.c_int32(0))
+    if not hasattr(os, "sched_getaffinity"):
+        return None
+    places = [cpus / f"cpu{n}/topology/thread_siblings_list" for n in os.sched_getaffinity(0)]
+    try:
+        return len({place.read_text().strip() for place in places})
+    except OSError:
+        return None
+
+
+def last_level_cache_nbytes(cpus: Path = _CPUS) -> int:
+    """Bytes of all caches of the last level together; 0 if not known.
+
+    In a virtual machine it is often the host's, shared with others.
+
+    Args:
+        cpus: the kernel's description of them, on Linux.
+    """
+    if sys.platform == "darwin":
+        kinds = (_number_from_sysctl(f"hw.l{n}cachesize", ctypes.c_uint64(0)) for n in (3, 2))
+        return next((nbytes for nbytes in kinds if nbytes), 0)
+    caches: dict[tuple[int, str], int] = {}
+    for place in cpus.glob("cpu[0-9]*/cache/index*"):
+        try:
+            level, shared, size = (
+                (place / name).read_text().strip() for name in ("level", "shared_cpu_list", "size")
+            )
+        except OSError:
+            continue
+        if found := re.fullmatch(r"(\d+)K", size):
+            caches[int(level), shared] = int(found[1]) * 1024
+    last = max((level for level, _ in caches), default=0)
+    return sum(nbytes for (level, _), nbytes in caches.items() if level == last)
+
+
+def _number_from_sysctl(name: str, value: Any) -> int | None:
+    """A number that the system knows; ``value`` is of the C type that it has there."""
+    size = ctypes.c_size_t(ctypes.sizeof(value))
+    call = ctypes.CDLL(None).sysctlbyname
+    done = call(name.encode(), ctypes.byref(value), ctypes.byref(size), None, ctypes.c_size_t(0))
+    return int(value.value) if done == 0 else None

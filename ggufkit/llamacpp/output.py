@@ -271,6 +271,11 @@ class Estimates:
         self._rest = self._rest[end:]
 
 
+def says_estimate(pieces: Sequence[str]) -> bool:
+    """Whether llama.cpp's logger got to say llama-perplexity's result."""
+    return _FINAL.search("".join(pieces)) is not None
+
+
 def parse_perplexity(text: str, *, seconds: float, peak_rss_nbytes: int) -> PerplexityOutput:
     """Read what llama-perplexity printed.
 

@@ -163,7 +163,8 @@ def _log(level: int, text: bytes, _: Any) -> None:
         _errors.append(text.decode("utf-8", "replace").strip())
 
 
-def _drain_errors() -> str:
+def drain_errors() -> str:
+    """What llama.cpp complained about since the last call, in one line."""
     told = "; ".join(dict.fromkeys(_errors))
     _errors.clear()
     return told
@@ -213,7 +214,7 @@ class ChatModel:
         self._context: Any = None
         self._vocabulary: Any = None
         self._memory: Any = None
-        _check_parts(self.metadata)
+        check_parts(self.metadata)
         self._progress = progress
         self._seed = _RANDOM_SEED if seed is None else seed
         build = build or toolchain.find_build()
@@ -287,7 +288,7 @@ class ChatModel:
         params.n_gpu_layers = gpu_layers
         self._model = lib.llama_model_load_from_file(os.fsencode(self.path), params)
         if not self._model:
-            raise ToolError(f"llama.cpp cannot load {self.path}: {_drain_errors()}")
+            raise ToolError(f"llama.cpp cannot load {self.path}: {drain_errors()}")
         settings_ = lib.llama_context_default_params()
         settings_.n_ctx = self.context
         settings_.n_batch = settings_.n_ubatch = min(_BATCH, self.context)
@@ -295,7 +296,7 @@ class ChatModel:
         settings_.no_perf = True
         self._context = lib.llama_init_from_model(self._model, settings_)
         if not self._context:
-            told = _drain_errors()
+            told = drain_errors()
             self.close()
             raise ToolError(
                 f"there is no room for a context of {self.context} tokens: {told}",
@@ -308,7 +309,7 @@ class ChatModel:
         self._tell_errors()
 
     def _tell_errors(self) -> None:
-        if told := _drain_errors():
+        if told := drain_errors():
             self._progress.warn(f"llama.cpp: {told}")
 
     def __enter__(self) -> Self:
@@ -477,7 +478,7 @@ class ChatModel:
         if status != 0:
             self._library.llama_memory_clear(self._memory, True)
             self._known = []
-            raise ToolError(f"llama.cpp failed to compute (status {status}): {_drain_errors()}")
+            raise ToolError(f"llama.cpp failed to compute (status {status}): {drain_errors()}")
         self._known += tokens
 
     def _write(self, sampler: Any, limit: int | None, told: Statistics) -> Iterator[str]:
@@ -544,8 +545,12 @@ def _check_encodable(messages: Sequence[Message]) -> None:
         raise UsageError("the message is not UTF-8 text", "Convert it with: iconv") from error
 
 
-def _check_parts(metadata: Metadata) -> None:
-    """A model in parts is loaded by its first, and needs all."""
+def check_parts(metadata: Metadata) -> None:
+    """Check that a model in parts is named by its first, and has all.
+
+    Raises:
+        UsageError: if not.
+    """
     if split_count(metadata.gguf) < 2:
         return
     parts = split_parts(metadata.gguf)

@@ -44,8 +44,9 @@ _LIBLLAMA = ("libllama.so", "libllama.dylib", "llama.dll")
 _TAIL_LINES = 40
 _TAIL_CHARACTERS = 16_384
 _CHUNK = 65_536
-# llama.cpp's logger is a thread that is not waited for when a tool gives up, so
-# the reason may be lost. It gives up early: asking again costs little.
+# llama.cpp's logger is a thread that is not waited for when a tool ends, so the
+# reason to give up may be lost, and so may the result of a small model, which is
+# freed at once. Both come early: asking again costs little.
 _TRIES_FOR_A_REASON = 8
 _BUILD_HINT = "Run: ggufkit build"
 
@@ -715,6 +716,7 @@ def perplexity(
     gpu_layers: int = 0,
     threads: int,
     log: Path,
+    text_name: str = "the text",
     on_estimate: Callable[[int, int | None, float], None] | None = None,
 ) -> PerplexityOutput:
     """Measure perplexity with llama-perplexity.
@@ -729,6 +731,7 @@ def perplexity(
         gpu_layers: layers to put on a GPU.
         threads: how many to use.
         log: gets what it prints.
+        text_name: what to call the text in errors.
         on_estimate: called after each chunk with its number (from 1), the
             number of chunks, and the perplexity so far.
 
@@ -753,20 +756,23 @@ def perplexity(
             watch.feed(piece)
 
         ran = run(argv, on_text=on_text, log=log)
-        if ran.returncode < 0 or watch.chunks or output.says_error(ran.tail):
+        ended = watch.chunks if ran.returncode else output.says_estimate(printed)
+        if ran.returncode < 0 or ended or output.says_error(ran.tail):
             break
     if ran.returncode != 0 or not watch.chunks:
-        raise _perplexity_error(ran, model, context, log)
+        raise _perplexity_error(ran, model, text_name, context, log)
     return output.parse_perplexity(
         "".join(printed), seconds=ran.seconds, peak_rss_nbytes=ran.peak_rss_nbytes
     )
 
 
-def _perplexity_error(ran: ToolRun, model: Path, context: int, log: Path) -> GgufkitError:
+def _perplexity_error(
+    ran: ToolRun, model: Path, text: str, context: int, log: Path
+) -> GgufkitError:
     if (counts := output.parse_short_text("\n".join(ran.tail))) is None:
         return explain_failure(ran, f"measuring {model.name}", log)
     have, need = counts
     return GgufkitError(
-        f"the text has only {have} tokens; a context of {context} needs at least {need}",
+        f"{text} has only {have} tokens; a context of {context} needs at least {need}",
         f"Use a longer text, or a shorter context: --context {max(8, have // 2)}",
     )

@@ -324,7 +324,7 @@ def quantize(
     source: Callable[[], Path],
     imatrix: Path | None = None,
     allow_requantize: bool = False,
-    calibrated: Sequence[Json] = (),
+    calibrated: Sequence[Json] | None = None,
     progress: Progress,
 ) -> Artifact:
     """Quantize a GGUF to one type with llama-quantize.
@@ -340,8 +340,8 @@ def quantize(
         source: gives the GGUF to quantize; called only if there is work.
         imatrix: importance matrix, whose digest the recipe holds.
         allow_requantize: let already quantized tensors be quantized again.
-        calibrated: on what texts the file is calibrated, for the manifest; see
-            :mod:`ggufkit.evaluate.leaks`.
+        calibrated: on what texts the file is calibrated, for the manifest; None if
+            that is not known. See :mod:`ggufkit.evaluate.leaks`.
         progress: told how far it is.
     """
 
@@ -368,7 +368,7 @@ def quantize(
             "nbytes": written.nbytes,
             "peak_rss_nbytes": told.peak_rss_nbytes,
             "origin": origin,
-            "calibrated": list(calibrated),
+            **({} if calibrated is None else {"calibrated": list(calibrated)}),
         }
 
     return store.run(

@@ -9,13 +9,14 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ggufkit.errors import GgufkitError, IntegrityError, SourceError, ToolError
 from ggufkit.llamacpp import host, toolchain
 from ggufkit.llamacpp.pin import native_dir, read_pin, recipe_digest
-from ggufkit.llamacpp.toolchain import BUILD_FILE, NativeBuild
+from ggufkit.llamacpp.toolchain import BUILD_FILE, NativeBuild, ToolRun
 from ggufkit.values import to_json
 from tests.factory import break_architecture, make_checkpoint
 
@@ -421,6 +422,31 @@ def test_perplexity(native: NativeBuild, model: Path, text: Path, tmp_path: Path
     assert (told.tokens, told.chunks, told.context) == (192, 3, 64)
     assert told.perplexity > 1
     assert told.error > 0
+
+
+def test_a_result_that_the_logger_lost_is_asked_for_again(
+    native: NativeBuild,
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, ran = toolchain.run, 0
+
+    def lossy(argv: Any, *, on_text: Any, **options: Any) -> ToolRun:
+        nonlocal ran
+        ran += 1
+        printed: list[str] = []
+        told = run(argv, on_text=printed.append, **options)
+        on_text("".join(printed).partition("Final")[0] if ran == 1 else "".join(printed))
+        return told
+
+    monkeypatch.setattr(toolchain, "run", lossy)
+    told = toolchain.perplexity(
+        native, model, text, context=64, chunks=3, threads=1, log=tmp_path / "p.log"
+    )
+    assert ran >= 2
+    assert told.perplexity > 1
 
 
 def test_perplexity_of_a_short_text(native: NativeBuild, model: Path, tmp_path: Path) -> None:
