@@ -14,12 +14,13 @@ ARGS ?=
 bin := $(VENV)/bin
 stamp := $(VENV)/.installed
 fresh := $(VENV)/.fresh
+benches := bench-awq bench-compare bench-evaluation
 
-.PHONY: help demo test venv native check format bench bench-awq bench-compare clean
+.PHONY: help demo test venv native check format bench $(benches) clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
-	@echo "further: make venv, native, check, format, bench, bench-awq, bench-compare, clean"
+	@echo "further: make venv, native, check, format, bench, $(benches), clean"
 
 demo: native
 	$(bin)/ggufkit demo $(ARGS)
@@ -61,11 +62,8 @@ format: venv
 bench: native
 	$(bin)/python -m bench $(ARGS)
 
-bench-awq: native
-	$(bin)/python -m bench.awq $(ARGS)
-
-bench-compare: native
-	$(bin)/python -m bench.compare $(ARGS)
+$(benches): bench-%: native
+	$(bin)/python -m bench.$* $(ARGS)
 
 # Models and native builds stay: they cost more than a minute to make again.
 clean:

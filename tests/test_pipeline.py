@@ -229,7 +229,7 @@ def test_awq_keeps_the_demo_in_f32_and_helps_it_in_q4_0(
     reference, same, rounded, recovered = (t.perplexity for t in told)
     assert same == pytest.approx(reference, rel=1e-3)
     assert scaled.nbytes == plain.nbytes
-    assert recovered < rounded - 0.25 * (rounded - reference)
+    assert recovered < rounded - 0.15 * (rounded - reference)
     again = pipeline.ppl("pydoc-measure", [plain.path], chunks=2 * CHUNKS, models_dir=shared_models)
     assert again[0].reused
 
