@@ -36,12 +36,14 @@ def main() -> None:
         print_table(build, made.path, text, options.types, options.chunks, models)
         shutil.rmtree(models)
 
+        import torch
         from transformers import GPT2LMHeadModel
 
         from bench import microformer
 
         checkpoint = microformer.fetch(Path(scratch) / "microformer")
         reference = microformer.as_gguf(build, checkpoint, Path(scratch) / "microformer-F32.gguf")
+        torch.manual_seed(0)
         model = GPT2LMHeadModel.from_pretrained(checkpoint)
         text = Path(scratch) / "sampled.txt"
         sampled = microformer.sample(model.eval(), options.chunks, 512)
