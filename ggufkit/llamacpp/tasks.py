@@ -36,6 +36,8 @@ _LEAST_CONTEXT = 2048
 _LEAST_SEQUENCES = 4
 _TRIES = 8
 """How often the tool may end without having printed anything new."""
+_MORE = 8
+"""Copies of the last question that each further try adds, to be lost in its place."""
 _SLACK = 16
 """Tokens added to an answer's bytes: BOS, a space, words cut otherwise at the seam."""
 
@@ -215,14 +217,15 @@ def ask(
     while len(outcomes) < len(questions):
         rest = questions[len(outcomes) :]
         file = scratch / ".questions"
-        file.write_bytes(encode(task, rest))
-        sheet = AnswerSheet(task, on_answer)
+        padding = [rest[-1]] * (_MORE * tries)
+        file.write_bytes(encode(task, [*rest, *padding]))
+        sheet = AnswerSheet(task, on_answer, len(rest))
         arguments = _arguments(task, model, file, rest, gpu_layers, threads)
         ran = toolchain.run(
             [build.tool("llama-perplexity"), *arguments], on_text=sheet.feed, log=log
         )
         seconds, peak = seconds + ran.seconds, max(peak, ran.peak_rss_nbytes)
-        outcomes += sheet.outcomes
+        outcomes += sheet.outcomes[: len(rest)] if padding else sheet.outcomes
         if ran.returncode != 0:
             raise toolchain.explain_failure(ran, f"asking {model.name}", log)
         tries = 0 if sheet.outcomes else tries + 1
@@ -286,13 +289,17 @@ class AnswerSheet:
     Args:
         task: of ``TASKS``.
         on_answer: called with each outcome.
+        count: how many of them are told; what comes after is only padding.
 
     Attributes:
         outcomes: of the questions so far.
         complaint: the tool's last error; empty if it had none.
     """
 
-    def __init__(self, task: str, on_answer: Callable[[bool], None] | None = None) -> None:
+    def __init__(
+        self, task: str, on_answer: Callable[[bool], None] | None = None, count: int | None = None
+    ) -> None:
+        self._count = count
         self.outcomes: list[bool] = []
         self.complaint = ""
         self._line = _WINOGRANDE_LINE if task == WINOGRANDE else _CHOICE_LINE
@@ -328,7 +335,7 @@ class AnswerSheet:
             _check_scores(found, bool(outcome), line)
         self._right += outcome
         self.outcomes.append(bool(outcome))
-        if self._on_answer:
+        if self._on_answer and (self._count is None or number <= self._count):
             self._on_answer(bool(outcome))
 
 
