@@ -26,6 +26,7 @@ from ggufkit.llamacpp.metadata import Metadata, split_count, split_parts
 from ggufkit.llamacpp.pin import COMMIT_LENGTH, read_pin
 from ggufkit.llamacpp.template import Message, render
 from ggufkit.llamacpp.toolchain import NativeBuild
+from ggufkit.llamacpp.vocabulary import Vocabulary
 from ggufkit.progress import SILENT, Progress
 
 DEFAULT_CONTEXT = 8192
@@ -36,7 +37,6 @@ _BATCH = 512
 _CELL_NBYTES = 48
 """What llama.cpp writes down about each token of context (``llama-kv-cells.h``)."""
 _GIB = 1 << 30
-_PIECE_NBYTES = 256
 _PENALTY_WINDOW = 64
 _RANDOM_SEED = 0xFFFFFFFF
 _ERROR_LEVEL = 4
@@ -163,7 +163,8 @@ def _log(level: int, text: bytes, _: Any) -> None:
         _errors.append(text.decode("utf-8", "replace").strip())
 
 
-def _drain_errors() -> str:
+def drain_errors() -> str:
+    """What llama.cpp told as errors since it was last asked."""
     told = "; ".join(dict.fromkeys(_errors))
     _errors.clear()
     return told
@@ -211,16 +212,16 @@ class ChatModel:
         self.metadata = Metadata(read_gguf(path))
         self._model: Any = None
         self._context: Any = None
-        self._vocabulary: Any = None
+        self._vocabulary: Vocabulary
         self._memory: Any = None
-        _check_parts(self.metadata)
+        check_parts(self.metadata)
         self._progress = progress
         self._seed = _RANDOM_SEED if seed is None else seed
         build = build or toolchain.find_build()
         self._library = lib = load_llama_cpp(build)
         self.template = self._find_template(chat_template)
         if gpu_layers and not lib.llama_supports_gpu_offload():
-            progress.warn(_no_gpu(build.backend))
+            progress.warn(no_gpu_message(build.backend))
         self.context = self._context_size(context)
         self._check_room(on_host=gpu_layers == 0)
         self._load(gpu_layers, threads or settings.threads())
@@ -268,7 +269,7 @@ class ChatModel:
 
     def _check_room(self, *, on_host: bool) -> None:
         """Forecast, because a system that is out of memory ends programs without a word."""
-        per_token = _CELL_NBYTES + (_cache_nbytes_per_token(self.metadata) if on_host else 0)
+        per_token = _CELL_NBYTES + (cache_nbytes_per_token(self.metadata) if on_host else 0)
         need = self.context * per_token
         total, available = host.total_memory_nbytes(), host.available_memory_nbytes()
         told = f"a context of {self.context} tokens takes {need / _GIB:.1f} GiB of memory"
@@ -287,7 +288,7 @@ class ChatModel:
         params.n_gpu_layers = gpu_layers
         self._model = lib.llama_model_load_from_file(os.fsencode(self.path), params)
         if not self._model:
-            raise ToolError(f"llama.cpp cannot load {self.path}: {_drain_errors()}")
+            raise ToolError(f"llama.cpp cannot load {self.path}: {drain_errors()}")
         settings_ = lib.llama_context_default_params()
         settings_.n_ctx = self.context
         settings_.n_batch = settings_.n_ubatch = min(_BATCH, self.context)
@@ -295,20 +296,20 @@ class ChatModel:
         settings_.no_perf = True
         self._context = lib.llama_init_from_model(self._model, settings_)
         if not self._context:
-            told = _drain_errors()
+            told = drain_errors()
             self.close()
             raise ToolError(
                 f"there is no room for a context of {self.context} tokens: {told}",
                 "Ask for a smaller one: -c 2048",
             )
-        self._vocabulary = lib.llama_model_get_vocab(self._model)
+        self._vocabulary = Vocabulary(lib, self._model)
         self._memory = lib.llama_get_memory(self._context)
         # llama.cpp rounds up; what was asked for stays the limit.
         self.context = min(self.context, int(lib.llama_n_ctx(self._context)))
         self._tell_errors()
 
     def _tell_errors(self) -> None:
-        if told := _drain_errors():
+        if told := drain_errors():
             self._progress.warn(f"llama.cpp: {told}")
 
     def __enter__(self) -> Self:
@@ -350,32 +351,10 @@ class ChatModel:
 
     def tokenize(self, text: str) -> list[int]:
         """Tokens of a prompt; the BOS token comes first if the model wants it."""
-        lib = self._library
-        spelled = text.encode()
-        room = len(spelled) + 8
-        tokens = (lib.llama_token * room)()
-        count = lib.llama_tokenize(
-            self._vocabulary, spelled, len(spelled), tokens, room, False, True
-        )
-        if count < 0:
-            raise ToolError(f"llama.cpp cannot tokenize a text of {len(spelled)} bytes")
-        found = list(tokens[:count])
-        bos = int(lib.llama_vocab_bos(self._vocabulary))
-        # Most templates write the BOS token themselves; two of them confuse a model.
-        if lib.llama_vocab_get_add_bos(self._vocabulary) and found[:1] != [bos]:
-            found.insert(0, bos)
-        return found
+        return self._vocabulary.tokenize(text)
 
     def _piece(self, token: int) -> bytes:
-        size = _PIECE_NBYTES
-        while True:
-            buffer = ctypes.create_string_buffer(size)
-            length = self._library.llama_token_to_piece(
-                self._vocabulary, token, buffer, size, 0, False
-            )
-            if length >= 0:
-                return buffer.raw[:length]
-            size = -length
+        return self._vocabulary.piece(token)
 
     # Answering.
 
@@ -433,7 +412,7 @@ class ChatModel:
         chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
         parts = []
         if value("repeat_penalty") != 1:
-            size = lib.llama_vocab_n_tokens(self._vocabulary)
+            size = self._vocabulary.size
             parts.append(
                 lib.llama_sampler_init_penalties(
                     size, _PENALTY_WINDOW, value("repeat_penalty"), 0.0, 0.0
@@ -477,7 +456,7 @@ class ChatModel:
         if status != 0:
             self._library.llama_memory_clear(self._memory, True)
             self._known = []
-            raise ToolError(f"llama.cpp failed to compute (status {status}): {_drain_errors()}")
+            raise ToolError(f"llama.cpp failed to compute (status {status}): {drain_errors()}")
         self._known += tokens
 
     def _write(self, sampler: Any, limit: int | None, told: Statistics) -> Iterator[str]:
@@ -490,7 +469,7 @@ class ChatModel:
                     told.stopped = "limit"
                     break
                 token = int(lib.llama_sampler_sample(sampler, self._context, -1))
-                if lib.llama_vocab_is_eog(self._vocabulary, token):
+                if lib.llama_vocab_is_eog(self._vocabulary.pointer, token):
                     told.stopped = "end"
                     break
                 told.generated_tokens += 1
@@ -507,7 +486,7 @@ class ChatModel:
             told.context_used = len(self._known)
 
 
-def _cache_nbytes_per_token(metadata: Metadata) -> int:
+def cache_nbytes_per_token(metadata: Metadata) -> int:
     """Bytes of keys and values (F16) of one token; 0 where attention is of another kind."""
     layers = metadata.of_architecture("block_count")
     heads = metadata.of_architecture("attention.head_count_kv")
@@ -523,7 +502,8 @@ def _cache_nbytes_per_token(metadata: Metadata) -> int:
     return int(layers * heads * (key + value) * 2)
 
 
-def _no_gpu(backend: str) -> str:
+def no_gpu_message(backend: str) -> str:
+    """Why layers cannot go to a GPU, and what would help."""
     if backend == "cpu":
         return (
             "this is a CPU-only build of llama.cpp, so -ngl changes nothing; "
@@ -544,7 +524,7 @@ def _check_encodable(messages: Sequence[Message]) -> None:
         raise UsageError("the message is not UTF-8 text", "Convert it with: iconv") from error
 
 
-def _check_parts(metadata: Metadata) -> None:
+def check_parts(metadata: Metadata) -> None:
     """A model in parts is loaded by its first, and needs all."""
     if split_count(metadata.gguf) < 2:
         return
