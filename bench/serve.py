@@ -23,7 +23,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.processes import checked
 from ggufkit import settings
 from ggufkit.llamacpp import toolchain
 from ggufkit.llamacpp.batching import BatchContext, ContextOptions, Model
@@ -39,11 +38,17 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True)
 class Ask:
-    """A prompt and how many tokens to answer."""
+    """A prompt and how many tokens to answer.
+
+    Attributes:
+        prompt: its tokens.
+        answer: tokens to write, unless ``alone`` lets the model end before.
+        alone: with nothing remembered before or after.
+    """
 
     prompt: list[int]
     answer: int
-    end: bool = False
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,9 +123,8 @@ def llama_bench(model: Path) -> dict[str, float]:
     """Tokens per second of reading (pp) and writing (tg)."""
     tool = toolchain.find_build().tool("llama-bench")
     threads = str(settings.threads())
-    ran = checked(
-        [tool, "-m", model, "-t", threads, "-p", "512", "-n", "128", "-r", "1", "-o", "json"]
-    )
+    command = [tool, "-m", model, "-t", threads, "-p", "512", "-n", "128", "-r", "1", "-o", "json"]
+    ran = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, check=True)
     tests = json.loads(ran.stdout)
     return {"pp" if t["n_prompt"] else "tg": t["avg_ts"] for t in tests}
 
@@ -148,7 +152,7 @@ def equal(engine: Engine, port: int, text: list[int], count: int) -> None:
     """Greedy answers alone, token by token."""
     same = 0
     for n in range(count):
-        ask = Ask(text[700 * n : 700 * n + 20 + 7 * n], 48, end=True)
+        ask = Ask(text[700 * n : 700 * n + 20 + 7 * n], 48, alone=True)
         ours, theirs = ask_engine(engine, ask).tokens, ask_server(port, ask).tokens
         same += ours == theirs[: len(ours)]
     print(f"greedy answers equal to llama-server's, token by token: {same} of {count}")
@@ -180,7 +184,13 @@ def round_of(asks: Sequence[Ask], ask: Callable[[Ask], Reply], cpu: Callable[[],
 def ask_engine(engine: Engine, ask: Ask) -> Reply:
     tokens: list[int] = []
     first = 0.0
-    request = Request(ask.prompt, GREEDY, max_tokens=ask.answer, ignore_end=not ask.end)
+    request = Request(
+        ask.prompt,
+        GREEDY,
+        max_tokens=ask.answer,
+        ignore_end=not ask.alone,
+        remember=not ask.alone,
+    )
     for event in engine.submit(request):
         match event:
             case Delta():
@@ -195,7 +205,7 @@ def ask_server(port: int, ask: Ask) -> Reply:
         "prompt": ask.prompt,
         "n_predict": ask.answer,
         "temperature": 0,
-        "ignore_eos": not ask.end,
+        "ignore_eos": not ask.alone,
         "cache_prompt": False,
         "return_tokens": True,
         "stream": True,

@@ -41,6 +41,8 @@ from ggufkit.serve.text import TextStream
 
 _WORTH_WAITING = 32
 """Tokens: so much of a prompt must be on its way elsewhere to wait for it."""
+_WORTH_SHARING = 16
+"""Tokens: a shorter beginning is computed again, unless it is half of the prompt."""
 _HEADROOM = 32
 """Tokens that a running answer is expected to need soon."""
 _SWEEP_SECONDS = 0.1
@@ -588,7 +590,7 @@ class Engine:
                 continue
             if slot.task is not None and not self._backend.can_share:
                 continue
-            if common > most:
+            if common > most and worth_sharing(common, len(task.tokens)):
                 best, most = slot, common
         return best, most
 
@@ -809,6 +811,11 @@ def _need(task: _Task | _EmbedTask) -> int:
         return 0
     soon = min(_HEADROOM, task.limit - task.generated)
     return len(task.tokens) - task.shared + soon
+
+
+def worth_sharing(common: int, prompt: int) -> bool:
+    """Whether a known beginning is more than a coincidence, such as the BOS token."""
+    return common >= _WORTH_SHARING or common * 2 >= prompt
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
