@@ -85,11 +85,19 @@ def main() -> None:
     parser.add_argument("--server", type=Path, help="a llama-server of the same commit")
     parser.add_argument("--users", type=int, default=8)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument(
+        "--split",
+        action="store_true",
+        help="cells of its own for each sequence, as llama-server -np has them",
+    )
     parser.add_argument("--equal", type=int, default=50, help="prompts compared token by token")
     options = parser.parse_args()
     with Model(options.model) as model:
         text = model.vocabulary.tokenize(options.text.read_text(encoding="utf-8")[:400_000])
-        context = BatchContext(model, ContextOptions(context=8192, sequences=2 * options.users))
+        room = ContextOptions(context=8192, sequences=2 * options.users)
+        if options.split:
+            room = ContextOptions(context=1024, sequences=options.users, unified=False)
+        context = BatchContext(model, room)
         engine = Engine(context)
         try:
             one_user(engine, options.model, text, options.runs)

@@ -188,6 +188,7 @@ def _top(values: Any, count: int) -> list[int]:
     return [int(t) for t in found[np.argsort(-values[found], kind="stable")]]
 
 
+@cache
 def holding(library: ModuleType, name: str, result: Any = None) -> Any:
     """A function of the library that is called without letting go of Python's lock.
 
