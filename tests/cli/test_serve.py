@@ -165,10 +165,10 @@ def started(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str, li
 def test_sigterm_under_load(demo_gguf: Path, native: NativeBuild, tmp_path: Path) -> None:
     """What runs is finished, nothing new is taken, and the exit is a clean one."""
     mute = without_template(demo_gguf, tmp_path / "mute.gguf")
-    with started(f"m={mute}", "-c", 256, "-t", 1, "--grace", 60) as (process, url, said):
+    with started(f"m={mute}", "-c", 256, "-t", 1, "--grace", 300) as (process, url, said):
         assert "context: 256 tokens for each user" in "".join(said)
         assert "no chat template" in "".join(said)
-        body = {"prompt": "One two", "max_tokens": 100, "stream": True, "ignore_eos": True}
+        body = {"prompt": "One two", "max_tokens": 30, "stream": True, "ignore_eos": True}
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as stream:
             lines = stream.iter_lines()
             next(lines)

@@ -9,9 +9,10 @@ import openai
 import pytest
 
 from ggufkit.llamacpp.batching import ContextOptions
+from ggufkit.llamacpp.sampling import SamplingParams
 from ggufkit.llamacpp.toolchain import NativeBuild
-from ggufkit.serve.api.asking import token_text
 from ggufkit.serve.hosting import Hosted, HostOptions, load
+from ggufkit.serve.requests import Request
 from tests.llamacpp.test_batching import tiny
 from tests.serve.serving import TEMPLATE, Running, serving
 
@@ -138,21 +139,19 @@ def test_a_grammar_that_never_ends_is_bounded(client: openai.OpenAI) -> None:
 def test_prompts_are_scored_as_answers_are(client: openai.OpenAI, model: Hosted) -> None:
     """What an evaluation asks: echo and logprobs, for tokens, in batches."""
     prompt = model.tokenize("Once upon a time there was")
-    asked = {"model": "tiny", "max_tokens": 6, "temperature": 0, "logprobs": 1}
-    written = client.completions.create(prompt=prompt, **asked).choices[0].logprobs
-    assert written is not None
-    names = {token_text(model.words.piece(t, special=True)): t for t in range(model.words.size)}
-    answer = [names[name] for name in written.tokens or []]
-    batch = [[*prompt, *answer], prompt]
-    scored = client.completions.create(prompt=batch, echo=True, **{**asked, "max_tokens": 1})
+    request = Request(prompt, SamplingParams(temperature=0), max_tokens=6, logprobs=1)
+    written = model.engine.submit(request).answer()
+    batch = [[*prompt, *written.tokens], prompt]
+    asked = {"max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
+    scored = client.completions.create(model="tiny", prompt=batch, **asked)  # type: ignore[call-overload]
     first = scored.choices[0].logprobs
     assert first is not None
     assert first.token_logprobs is not None
     assert first.top_logprobs is not None
     assert first.token_logprobs[0] is None
-    assert len(first.token_logprobs) == len(prompt) + len(answer) + 1
+    assert len(first.token_logprobs) == len(prompt) + 6 + 1
     found = first.token_logprobs[len(prompt) : -1]
-    assert found == pytest.approx(written.token_logprobs, abs=1e-3)
+    assert found == pytest.approx([c.logprob for c in written.chosen], abs=1e-3)
     for value, top in zip(found, first.top_logprobs[len(prompt) : -1], strict=True):
         assert value == max(top.values()), "the greedy answer is the likeliest"
 
