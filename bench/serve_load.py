@@ -3,7 +3,7 @@
 Each client asks what it can check: streams count upwards in the order of their
 events, numbers of tokens add up, errors are none. Some clients go away in the
 middle. The memory of the server, if it runs on this machine, is looked at all the
-while and must not grow.
+while and must not grow. The context must be of 512 tokens at least.
 """
 
 import argparse
@@ -106,7 +106,7 @@ async def client(
     draw = random.Random(number)
     while time.monotonic() < end:
         kind = draw.choices(["stream", "whole", "leave"], [6, 3, 1])[0]
-        words = " ".join(draw.choices(["one", "two", "three", "four"], k=draw.randint(3, 200)))
+        words = " ".join(draw.choices(["one", "two", "three", "four"], k=draw.randint(3, 60)))
         body = {
             "model": model,
             "prompt": f"Client {number}: {words}",

@@ -10,17 +10,19 @@ Run as a module, it answers one line of JSON for each that it reads.
 
 import json
 import math
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ggufkit.llamacpp.conversing import ChatTemplate
 from ggufkit.llamacpp.template import TemplateError, render
 from ggufkit.llamacpp.toolchain import start_worker
+
+if TYPE_CHECKING:
+    import subprocess
 
 DEFAULT_SECONDS = 5.0
 _PATIENCE = 10.0
