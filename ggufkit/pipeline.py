@@ -5,9 +5,9 @@ returns values; nothing here prints. Rooms are imported inside the functions,
 so that importing this module costs nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ggufkit import settings
 from ggufkit.errors import IntegrityError, UsageError
@@ -38,11 +38,15 @@ if TYPE_CHECKING:
     from ggufkit.evaluate.report.values import ModelFile, Report, WrittenReport
     from ggufkit.evaluate.results import Results
     from ggufkit.library import ModelEntry
+    from ggufkit.llamacpp.batching import ContextOptions, ModelOptions
     from ggufkit.llamacpp.building import BuildReport
-    from ggufkit.llamacpp.runtime import Sampling
     from ggufkit.ollama import Modelfile
     from ggufkit.quantize.inspect import Inspection
-    from ggufkit.serve.chat import Conversation
+    from ggufkit.serve.api.options import ServeOptions
+    from ggufkit.serve.batch import BatchOptions, BatchReport
+    from ggufkit.serve.chat import Conversation, Style
+    from ggufkit.serve.hosting import Hosted
+    from ggufkit.serve.model import Sampling
     from ggufkit.store import Store
 
 DEFAULT_TYPES = ("q4_k_m",)
@@ -734,10 +738,10 @@ def chat(
     *,
     system: str | None = None,
     sampling: "Sampling | None" = None,
-    gpu_layers: int = 0,
-    context: int | None = None,
-    threads: int | None = None,
-    seed: int | None = None,
+    style: "Style | None" = None,
+    options: "ModelOptions | None" = None,
+    context: "ContextOptions | None" = None,
+    scales: Mapping[str, float] | None = None,
     chat_template: str | None = None,
     progress: Progress = SILENT,
 ) -> "Conversation":
@@ -747,26 +751,105 @@ def chat(
         model: the GGUF.
         system: the system message; None leaves it to the chat template.
         sampling: how tokens are chosen.
-        gpu_layers: layers to put on a GPU; -1 for all.
-        context: tokens of context; None for the trained one, within reason.
-        threads: None for the setting's.
-        seed: of the sampling; None for a new one each time.
+        style: whether there is a chat template, and what surrounds messages.
+        options: how the model is loaded: GPU layers, LoRA adapters.
+        context: size and kind of the context, threads.
+        scales: of LoRA adapters, by name; 1 where nothing is said.
         chat_template: a Jinja file, or the name of one of llama.cpp's own.
         progress: told warnings.
+
+    Raises:
+        NoTemplateError: if the model has no chat template, and none is given.
     """
-    from ggufkit.llamacpp.runtime import ChatModel
     from ggufkit.serve.chat import Conversation
+    from ggufkit.serve.model import ChatModel
 
     loaded = ChatModel(
         model,
-        gpu_layers=gpu_layers,
+        options=options,
         context=context,
-        threads=threads,
-        seed=seed,
+        scales=scales,
         chat_template=chat_template,
+        template_needed=not (style and style.completion),
         progress=progress,
     )
-    return Conversation(loaded, system=system, sampling=sampling)
+    return Conversation(loaded, system=system, sampling=sampling, style=style)
+
+
+def run(
+    model: Path,
+    prompts: Path | bytes,
+    out: "Path | Callable[[Mapping[str, Any]], None]",
+    *,
+    options: "BatchOptions | None" = None,
+    models_dir: Path | None = None,
+    progress: Progress = SILENT,
+) -> "BatchReport":
+    """Answer a file of prompts in batches, and go on where an earlier run ended.
+
+    Args:
+        model: the GGUF.
+        prompts: JSON Lines; see :func:`ggufkit.serve.rows.read_rows`.
+        out: file that answers are added to as they come, or what takes them.
+        options: how.
+        models_dir: the models directory, where digests are remembered.
+        progress: told the rate, and how long it will take.
+
+    Raises:
+        UsageError: if there are rows that cannot be answered; before any work.
+        NoTemplateError: if the model has no chat template, and none is given.
+    """
+    from ggufkit.serve import batch
+    from ggufkit.store import Store
+
+    name = "the prompts"
+    if isinstance(prompts, Path):
+        if isinstance(out, Path) and out.exists() and out.samefile(prompts):
+            raise UsageError(f"{out} holds the prompts", "Name another file for the answers")
+        name = str(prompts)
+        try:
+            prompts = prompts.read_bytes()
+        except OSError as error:
+            raise UsageError(f"{name} cannot be read: {error.strerror}") from error
+    store = Store(models_dir or settings.models_dir())
+    return batch.run(
+        model,
+        prompts,
+        out,
+        name=name,
+        options=options or batch.BatchOptions(),
+        file_digest=lambda path: store.digest(path, progress).sha256,
+        progress=progress,
+    )
+
+
+def serve(
+    models: Mapping[str, Path],
+    *,
+    options: "ServeOptions | None" = None,
+    on_start: "Callable[[str, Hosted], None]" = lambda address, first: None,
+    progress: Progress = SILENT,
+) -> None:
+    """Serve models over HTTP, as OpenAI's clients expect it, until told to end.
+
+    Args:
+        models: GGUFs by the name that clients call them; the first is loaded at
+            once, others when they are asked for.
+        options: address, keys, limits, and how models are loaded.
+        on_start: called with the address and the first model when all is ready.
+        progress: told what is loaded, and warnings.
+
+    Raises:
+        UsageError: if the address cannot be listened on, or a package is missing.
+        GgufkitError: if the first model cannot be loaded.
+    """
+    try:
+        from ggufkit.serve.api.run import run as serve_until_end
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"to serve, the package '{error.name}' is needed", "pip install 'ggufkit[serve]'"
+        ) from error
+    serve_until_end(models, options, progress=progress, on_start=on_start)
 
 
 def modelfile(
@@ -875,7 +958,7 @@ def demo(*, models_dir: Path | None = None, progress: Progress = SILENT) -> Demo
         models_dir: the models directory.
         progress: who to tell.
     """
-    from ggufkit.llamacpp.runtime import Sampling
+    from ggufkit.serve.model import Sampling
 
     plain = convert("demo", types=["f32", "q4_0"], models_dir=models_dir, progress=progress)
     ways: tuple[Literal["auto"] | None, ...] = (None, "auto")

@@ -31,6 +31,12 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "ggufkit"
 
 
+def state_dir() -> Path:
+    """The directory of what a user did, such as the history of a chat."""
+    base = os.environ.get("XDG_STATE_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "state") / "ggufkit"
+
+
 def native_build() -> Path | None:
     """The native build that the user wants, if one is named."""
     given = os.environ.get("GGUFKIT_NATIVE")

@@ -4,8 +4,8 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ggufkit.llamacpp.runtime import Sampling, Statistics
 from ggufkit.llamacpp.template import Message
+from ggufkit.serve.model import Sampling, Statistics
 
 
 class FakeModel:
@@ -13,25 +13,42 @@ class FakeModel:
 
     def __init__(self, *scripts: Sequence[str | BaseException]) -> None:
         self._scripts = list(scripts)
+        self.path = Path("fake.gguf")
         self.asked: list[list[Message]] = []
+        self.completed: list[str] = []
         self.sampling: list[Sampling] = []
+        self.stopped = False
         self.closed = False
         self.statistics = Statistics(context=100)
 
     def stream(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[str]:
         self.asked.append(list(messages))
+        return self._answer(sampling)
+
+    def complete(self, text: str, sampling: Sampling) -> Iterator[str]:
+        self.completed.append(text)
+        return self._answer(sampling)
+
+    def _answer(self, sampling: Sampling) -> Iterator[str]:
         self.sampling.append(sampling)
         self.statistics = Statistics(context=100)
+        self.stopped = False
         try:
             for piece in self._scripts.pop(0):
                 if isinstance(piece, BaseException):
                     raise piece
                 self.statistics.generated_tokens += 1
                 yield piece
+                if self.stopped:
+                    self.statistics.stopped = "interrupted"
+                    return
             self.statistics.stopped = "end"
         except (KeyboardInterrupt, GeneratorExit):
             self.statistics.stopped = "interrupted"
             raise
+
+    def stop(self) -> None:
+        self.stopped = True
 
     def close(self) -> None:
         self.closed = True

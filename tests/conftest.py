@@ -77,7 +77,7 @@ def run_cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, 
 
     def run(*args: object) -> tuple[int, str, str]:
         capfd.readouterr()
-        code = cli.run([str(arg) for arg in args])
+        code = cli.execute([str(arg) for arg in args])
         out, err = capfd.readouterr()
         return code, out, err
 

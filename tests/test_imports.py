@@ -24,6 +24,7 @@ FREE_AMONG_THEMSELVES = ({"pipeline", "conversion"}, *FLOORS[3:], FLOORS[0])
 ONLY_IN = {
     "click": {"cli"},
     "rich": {"cli"},
+    "prompt_toolkit": {"cli"},
     "subprocess": {"llamacpp/toolchain.py"},
     "llama_cpp": {"llamacpp/runtime.py"},
 }
@@ -96,8 +97,9 @@ def test_packages_stay_in_their_rooms(path: Path) -> None:
 
 def test_the_command_line_starts_light() -> None:
     code = (
-        "import sys; from ggufkit import cli; cli.run(['--help']);"
-        "heavy = {'torch', 'transformers', 'llama_cpp', 'numpy', 'rich'} & set(sys.modules);"
+        "import sys; from ggufkit import cli; cli.execute(['--help']);"
+        "heavy = {'torch', 'transformers', 'llama_cpp', 'numpy', 'rich', 'prompt_toolkit'};"
+        "heavy &= set(sys.modules);"
         "sys.exit(f'loaded: {heavy}' if heavy else 0)"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

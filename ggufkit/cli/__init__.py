@@ -16,7 +16,7 @@ from ggufkit import __version__, settings
 from ggufkit.cli.session import Session
 from ggufkit.errors import GgufkitError
 
-_NOT_VERBS = {"options", "session", "tables"}
+_NOT_VERBS = {"markdown", "options", "running", "session", "tables", "terminal"}
 _INTERRUPTED = 130
 """The shell's exit code for a program that Ctrl-C ended."""
 
@@ -75,7 +75,7 @@ def _fail(message: str, hint: str, code: int) -> int:
     return code
 
 
-def run(args: list[str] | None = None) -> int:
+def execute(args: list[str] | None = None) -> int:
     """Run a command line and return its exit code.
 
     The only place where errors become text: 1 for errors that say what to do,
@@ -102,4 +102,4 @@ def run(args: list[str] | None = None) -> int:
 
 def main() -> None:
     """Entry point of the ``ggufkit`` command."""
-    sys.exit(run())
+    sys.exit(execute())

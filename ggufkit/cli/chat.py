@@ -4,138 +4,185 @@ import io
 import json
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-from unicodedata import category
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from ggufkit.cli.running import context_options, model_options, sampling_options
 from ggufkit.cli.session import Session, json_option, pass_session
+from ggufkit.cli.terminal import harmless, stopping_at_ctrl_c
 from ggufkit.errors import GgufkitError, UsageError
 from ggufkit.values import to_json
 
 if TYPE_CHECKING:
-    from ggufkit.llamacpp.runtime import Statistics
-    from ggufkit.serve.chat import Writer
-
-
-class _Layers(click.ParamType[int]):
-    name = "layers"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
-        text = str(value).lower()
-        if text == "all":
-            return -1
-        if text.removeprefix("-").isdigit():
-            return max(-1, int(text))
-        self.fail(f"'{value}' is neither a number nor 'all'", param, ctx)
+    from ggufkit.serve.chat import Conversation
+    from ggufkit.serve.dialogue import Writer
+    from ggufkit.serve.model import Statistics
 
 
 @click.command("chat")
 @click.argument("model", required=False)
 @click.option("-m", "--model", "model_option", metavar="MODEL", help="The same as MODEL.")
-@click.option(
-    "-ngl",
-    "--gpu-layers",
-    type=_Layers(),
-    metavar="N|all",
-    default=0,
-    show_default=True,
-    help="Layers to put on the GPU.",
-)
 @click.option("-sys", "--system", help="System message.  [default: the chat template's]")
 @click.option("-p", "--prompt", help="First message.")
 @click.option(
-    "-n", "--max-tokens", type=click.IntRange(min=1), help="Length of an answer at most, in tokens."
+    "-st", "--single-turn", is_flag=True, help="Answer one message and leave; best with -p."
 )
 @click.option(
-    "-c",
-    "--context",
-    type=click.IntRange(min=16),
-    help="Tokens of context.  [default: as trained, at most 8192]",
+    "--completion",
+    is_flag=True,
+    help="No conversation: the model goes on with the text, as a base model needs it.",
 )
-@click.option("-t", "--threads", type=click.IntRange(min=1), help="[default: all cores]")
-@click.option("--temp", type=click.FloatRange(min=0), help="Temperature; 0 takes the likeliest.")
-@click.option("--top-k", type=click.IntRange(min=0), help="Choose among this many tokens.")
-@click.option("--top-p", type=click.FloatRange(0, 1), help="Choose among this much probability.")
-@click.option("--min-p", type=click.FloatRange(0, 1), help="Leave out what is less likely.")
-@click.option("--repeat-penalty", type=click.FloatRange(min=0, min_open=True), help="1 for none.")
-@click.option("--seed", type=click.IntRange(0, 0xFFFFFFFE), help="Of the sampling.")
+@click.option("--in-prefix", default="", metavar="TEXT", help="Put before each message.")
+@click.option("--in-suffix", default="", metavar="TEXT", help="Put after each message.")
 @click.option(
     "--chat-template",
     metavar="FILE|NAME",
     help="Jinja file, or a template that llama.cpp knows, instead of the model's own.",
 )
+@sampling_options
+@model_options
+@context_options
+@click.option("--color/--no-color", default=None, help="[default: if it is a terminal]")
+@click.option(
+    "--markdown/--no-markdown", default=True, help="Show answers on a terminal as Markdown."
+)
+@click.option(
+    "--history/--no-history", default=True, help="Remember what is typed, for the next time."
+)
 @json_option
 @pass_session
-def command(
-    session: Session,
-    model: str | None,
-    model_option: str | None,
-    gpu_layers: int,
-    system: str | None,
-    prompt: str | None,
-    max_tokens: int | None,
-    context: int | None,
-    threads: int | None,
-    temp: float | None,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-    repeat_penalty: float | None,
-    seed: int | None,
-    chat_template: str | None,
-    as_json: bool,
-) -> None:
+def command(session: Session, /, **given: Any) -> None:
     """Talk to a model.
 
     MODEL is a GGUF, or a name that `ggufkit models` lists; without it, the
     newest. On a terminal, /help shows what can be typed, and Ctrl-C ends an
-    answer. From a pipe, each line is a message; with --json, each answer is a
-    line of JSON.
+    answer. Else answers alone are printed: to -p, and to each line of stdin
+    (with --completion, to all of it); with --json, each is a line of JSON.
     """
-    if model and model_option:
+    names = [name for name in (given.pop("model"), given.pop("model_option")) if name]
+    if len(names) > 1:
         raise UsageError("the model is given twice", "Give MODEL or -m MODEL, not both")
     from ggufkit import pipeline
-    from ggufkit.llamacpp.runtime import Sampling
-    from ggufkit.serve.chat import answer, converse
 
-    spec = model or model_option
+    spec = names[0] if names else None
     path = pipeline.find_model(spec, session.models_dir)
     if spec is None:
         session.progress.say(f"talking to the newest model: {path}")
+    _chat(session, path, _Wishes(**given))
+
+
+@dataclass(frozen=True)
+class _Wishes:
+    """The command line, but for the model's name."""
+
+    prompt: str | None
+    single_turn: bool
+    system: str | None
+    completion: bool
+    in_prefix: str
+    in_suffix: str
+    chat_template: str | None
+    sampling: Any
+    options: Any
+    scales: Any
+    context_options: Any
+    color: bool | None
+    markdown: bool
+    history: bool
+    as_json: bool
+
+
+def _chat(session: Session, path: Path, wishes: _Wishes) -> None:
     typing = sys.stdin is not None and sys.stdin.isatty()
-    terminal = typing and sys.stdout.isatty() and not as_json
+    terminal = typing and sys.stdout.isatty() and not wishes.as_json
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Models write emoji, whatever the terminal's alphabet.
         sys.stdout.reconfigure(errors="replace")
-    with pipeline.chat(
-        path,
-        system=system,
-        sampling=Sampling(temp, top_k, top_p, min_p, repeat_penalty, max_tokens),
-        gpu_layers=gpu_layers,
-        context=context,
-        threads=threads,
-        seed=seed,
-        chat_template=chat_template,
-        progress=session.progress,
-    ) as conversation:
-        writer: Writer
+    with _open(session, path, wishes, ask=terminal) as conversation:
         if terminal:
-            writer = _Terminal(session)
-            writer.greet(path)
+            _at_terminal(session, conversation, wishes)
         else:
-            writer = _JsonLines(session) if as_json else _Plain(session)
-        if prompt is not None:
-            if terminal:
-                click.echo(_coloured_prompt() + prompt)
-            answer(conversation, prompt, writer)
-        if terminal:
-            converse(conversation, _typed, writer)
-        elif prompt is None or not typing:
-            converse(conversation, _lines(), writer)
+            _in_a_pipe(session, conversation, wishes, typing)
+
+
+def _open(session: Session, path: Path, wishes: _Wishes, *, ask: bool) -> "Conversation":
+    from ggufkit import pipeline
+    from ggufkit.llamacpp.conversing import NoTemplateError
+    from ggufkit.serve.chat import Style
+
+    def load(completion: bool) -> "Conversation":
+        return pipeline.chat(
+            path,
+            system=wishes.system,
+            sampling=wishes.sampling,
+            style=Style(completion, wishes.in_prefix, wishes.in_suffix),
+            options=wishes.options,
+            context=wishes.context_options,
+            scales=wishes.scales,
+            chat_template=wishes.chat_template,
+            progress=session.progress,
+        )
+
+    try:
+        return load(wishes.completion)
+    except NoTemplateError as error:
+        if not ask:
+            raise
+        click.echo(f"{error.message}.", err=True)
+        if not click.confirm("Shall it go on with the text that you type instead?", err=True):
+            raise
+    return load(True)
+
+
+def _at_terminal(session: Session, conversation: "Conversation", wishes: _Wishes) -> None:
+    from rich.console import Console
+
+    from ggufkit.cli.markdown import THEME
+    from ggufkit.cli.terminal import TerminalReader, TerminalWriter
+    from ggufkit.serve.dialogue import answer, converse
+
+    colour = wishes.color if wishes.color is not None else not Console().no_color
+    console = Console(highlight=False, no_color=not colour, theme=THEME)
+    model = conversation.model
+    completion = conversation.style.completion
+    writer = TerminalWriter(
+        console,
+        lambda: model.statistics,
+        markdown=wishes.markdown and not completion,
+        quiet=session.quiet,
+    )
+    reader = TerminalReader(model, history=wishes.history, colour=colour, say=writer.say)
+    kind = "it goes on with what you type; " if completion else ""
+    writer.say(f"{model.path.name}: {kind}/help for help, /exit or Ctrl-D to leave")
+    if wishes.prompt is not None:
+        writer.typed(wishes.prompt)
+        answer(conversation, wishes.prompt, writer)
+    if wishes.single_turn:
+        if wishes.prompt is None and (text := reader()) is not None:
+            answer(conversation, text, writer)
+        return
+    converse(conversation, reader, writer)
+
+
+def _in_a_pipe(
+    session: Session, conversation: "Conversation", wishes: _Wishes, typing: bool
+) -> None:
+    from ggufkit.serve.dialogue import answer, converse
+
+    writer: Writer = _JsonLines(session) if wishes.as_json else _Plain(session)
+    if wishes.prompt is not None:
+        answer(conversation, wishes.prompt, writer)
+        if typing or wishes.single_turn:
+            return
+    read = _whole() if conversation.style.completion else _lines()
+    if not wishes.single_turn:
+        converse(conversation, read, writer)
+    elif (text := read()) is not None:
+        answer(conversation, text, writer)
 
 
 def _lines() -> Callable[[], str | None]:
@@ -150,44 +197,11 @@ def _lines() -> Callable[[], str | None]:
     return read
 
 
-def _coloured_prompt() -> str:
-    return click.style("> ", fg="green", bold=True)
-
-
-def _typed() -> str | None:
-    """One message from the keyboard; None at Ctrl-D, or at Ctrl-C with nothing typed."""
-    while True:
-        try:
-            # readline must not count the colour's bytes as columns.
-            return input("\001\033[1;32m\002> \001\033[0m\002")
-        except EOFError:
-            print()
-            return None
-        except KeyboardInterrupt:
-            print()
-            if not _typed_so_far():
-                return None
-
-
-def _typed_so_far() -> str:
-    try:
-        import readline
-    except ImportError:  # Windows: what was typed cannot be known
-        return ""
-    return readline.get_line_buffer()
-
-
-def _summary(told: "Statistics") -> str:
-    notes = {
-        "limit": "stopped at the length asked for, ",
-        "interrupted": "interrupted, ",
-        "context": "context full, ",
-    }
-    return (
-        f"{notes.get(told.stopped, '')}{told.generated_tokens} tokens, "
-        f"{told.tokens_per_second:.1f} tokens/s, "
-        f"context {told.context_used} of {told.context}"
-    )
+def _whole() -> Callable[[], str | None]:
+    """A reader of all of stdin as one message; there is none if it is empty."""
+    read = sys.stdin.buffer.read() if sys.stdin is not None else b""
+    left = iter([read.decode("utf-8", "surrogateescape")] if read else [])
+    return lambda: next(left, None)
 
 
 class _Plain:
@@ -196,8 +210,11 @@ class _Plain:
     def __init__(self, session: Session) -> None:
         self._session = session
 
+    def writing(self, stop: Callable[[], None]) -> AbstractContextManager[None]:
+        return stopping_at_ctrl_c(stop)
+
     def piece(self, text: str) -> None:
-        sys.stdout.write(text)
+        sys.stdout.write(harmless(text) if sys.stdout.isatty() else text)
         sys.stdout.flush()
 
     def answered(self, prompt: str, answer: str, statistics: "Statistics") -> None:
@@ -224,34 +241,3 @@ class _JsonLines(_Plain):
         click.echo(json.dumps(value, ensure_ascii=False))
         if statistics.stopped == "interrupted":
             raise KeyboardInterrupt
-
-
-class _Terminal:
-    """Answers as they come, talk in dim letters."""
-
-    def __init__(self, session: Session) -> None:
-        self._quiet = session.quiet
-        # Loading it is what makes input() edit lines and remember them.
-        _typed_so_far()
-
-    def greet(self, path: Path) -> None:
-        self.say(f"{path.name}: /help for help, /exit or Ctrl-D to leave")
-
-    def piece(self, text: str) -> None:
-        # A model's text must not command the terminal.
-        harmless = (c for c in text if c in "\n\t" or category(c) != "Cc")
-        click.echo("".join(harmless), nl=False)
-        sys.stdout.flush()
-
-    def answered(self, prompt: str, answer: str, statistics: "Statistics") -> None:
-        click.echo()
-        self.say(_summary(statistics))
-
-    def say(self, text: str) -> None:
-        if not self._quiet:
-            click.secho(text, dim=True, err=True)
-
-    def failed(self, error: GgufkitError) -> None:
-        click.secho(f"error: {error.message}", fg="red", err=True)
-        if error.hint:
-            click.secho(f"hint: {error.hint}", fg="cyan", err=True)

@@ -34,7 +34,7 @@ def fetch_options(command: _Command) -> _Command:
         )
         return command(*args, fetch=fetch, **given)
 
-    return _decorate(
+    return decorate(
         wrapped,
         command,
         click.option(
@@ -64,7 +64,7 @@ def calibration_options(command: _Command) -> _Command:
         )
         return command(*args, calibration=calibration, **given)
 
-    return _decorate(
+    return decorate(
         wrapped,
         command,
         click.option(
@@ -107,7 +107,7 @@ def awq_options(command: _Command) -> _Command:
         )
         return command(*args, awq_options=options, **given)
 
-    return _decorate(
+    return decorate(
         wrapped,
         command,
         click.option(
@@ -141,7 +141,8 @@ def awq_options(command: _Command) -> _Command:
     )
 
 
-def _decorate(wrapped: Any, command: _Command, *options: Any) -> _Command:
+def decorate(wrapped: Any, command: _Command, *options: Any) -> _Command:
+    """Hang options on what calls the command with fewer of them."""
     # click hangs the options of later decorators on this attribute.
     wrapped.__click_params__ = getattr(command, "__click_params__", [])
     wrapped.__doc__ = command.__doc__

@@ -8,12 +8,13 @@ offers it (``utils/chat_template_utils.py``).
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ggufkit.errors import GgufkitError
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
+    from jinja2 import Environment, Template
 
 Message = Mapping[str, str]
 """``role`` (system, user or assistant) and ``content``."""
@@ -25,7 +26,7 @@ class TemplateError(GgufkitError):
 
 def render(
     template: str,
-    messages: Sequence[Message],
+    messages: Sequence[Mapping[str, Any]],
     *,
     bos: str = "",
     eos: str = "",
@@ -35,7 +36,8 @@ def render(
 
     Args:
         template: Jinja text.
-        messages: the conversation.
+        messages: the conversation; what else than role and content a message may
+            have is the template's own affair.
         bos: text of the token that begins a sequence.
         eos: text of the token that ends one.
         variables: further names that the template may look at.
@@ -47,11 +49,7 @@ def render(
 
     names = {"bos_token": bos, "eos_token": eos, "add_generation_prompt": True, **variables}
     try:
-        rendered: str = (
-            _environment()
-            .from_string(template)
-            .render(messages=[dict(m) for m in messages], **names)
-        )
+        rendered: str = _compiled(template).render(messages=[dict(m) for m in messages], **names)
     except _RefusalError as error:
         raise TemplateError(f"the model's chat template refuses this: {error}") from error
     except (JinjaError, TypeError, ValueError, LookupError, ArithmeticError) as error:
@@ -68,6 +66,11 @@ class _RefusalError(Exception):
 
 def _refuse(message: str) -> None:
     raise _RefusalError(message)
+
+
+@lru_cache(maxsize=4)
+def _compiled(template: str) -> "Template":
+    return _environment().from_string(template)
 
 
 def _environment() -> "Environment":

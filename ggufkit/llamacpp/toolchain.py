@@ -294,6 +294,27 @@ def run(
     )
 
 
+def start_worker(module: str) -> "subprocess.Popen[bytes]":
+    """Start a module of this package as a process that is talked to.
+
+    It must end when its stdin does, which is also when this process ends.
+    Ctrl-C does not reach it.
+
+    Args:
+        module: such as ``ggufkit.llamacpp.rendering``.
+    """
+    root = str(Path(__file__).parent.parent.parent)
+    paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    return subprocess.Popen(
+        [sys.executable, "-m", module],
+        env={**os.environ, "PYTHONPATH": paths},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
 def _pipe(stack: ExitStack) -> tuple[FileIO, FileIO]:
     reading, writing = os.pipe()
     return stack.enter_context(FileIO(reading, "r")), stack.enter_context(FileIO(writing, "w"))

@@ -1,46 +1,55 @@
-"""A conversation with a model, without a terminal: reader and writer are given."""
+"""A conversation with a model: what was said, and what is said next."""
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
-from ggufkit.errors import GgufkitError
-from ggufkit.llamacpp.runtime import Sampling, Statistics
+from ggufkit.errors import IntegrityError, SourceError, UsageError
 from ggufkit.llamacpp.template import Message
+from ggufkit.serve.model import Sampling, Statistics
+from ggufkit.store import write_atomically
 
-HELP = """\
-/reset   forget the conversation, keep the system message
-/help    show this
-/exit    leave (also Ctrl-D)
-Anything else is said to the model."""
+_FORMAT = "ggufkit conversation"
+_VERSION = 1
+_LONGEST_FILE = 64 << 20
+_SEEDS = 1 << 32
 
 
 class Model(Protocol):
     """What a conversation needs of a model."""
 
+    path: Path
     statistics: Statistics
 
     def stream(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[str]:
-        """Write the answer piece by piece."""
+        """Write the answer to a conversation piece by piece."""
+
+    def complete(self, text: str, sampling: Sampling) -> Iterator[str]:
+        """Go on with a text piece by piece."""
+
+    def stop(self) -> None:
+        """End the answer that is being written."""
 
     def close(self) -> None:
         """Free it."""
 
 
-class Writer(Protocol):
-    """Where a conversation is shown."""
+@dataclass(frozen=True)
+class Style:
+    """How what is typed becomes what the model reads.
 
-    def piece(self, text: str) -> None:
-        """Show a piece of an answer as it comes."""
+    Attributes:
+        completion: no chat template: the model goes on with the text so far.
+        prefix: put before each message.
+        suffix: put after it.
+    """
 
-    def answered(self, prompt: str, answer: str, statistics: Statistics) -> None:
-        """An answer has ended, by itself or by an interruption."""
-
-    def say(self, text: str) -> None:
-        """Show something that is not the model's."""
-
-    def failed(self, error: GgufkitError) -> None:
-        """A message could not be answered; raise to end the conversation."""
+    completion: bool = False
+    prefix: str = ""
+    suffix: str = ""
 
 
 class Conversation:
@@ -48,24 +57,39 @@ class Conversation:
 
     Args:
         model: who answers; closed together with the conversation.
-        system: the system message; None leaves it to the chat template.
+        system: the system message; None leaves it to the chat template. In a
+            completion it is the text that everything begins with.
         sampling: how tokens are chosen.
+        style: how what is typed becomes what the model reads.
+
+    Attributes:
+        system: the system message.
+        sampling: how the next answer is chosen.
+        history: questions and answers, taking turns.
     """
 
     def __init__(
-        self, model: Model, *, system: str | None = None, sampling: Sampling | None = None
+        self,
+        model: Model,
+        *,
+        system: str | None = None,
+        sampling: Sampling | None = None,
+        style: Style | None = None,
     ) -> None:
         self.model = model
-        self._sampling = sampling or Sampling()
-        self._system: list[Message] = []
-        if system is not None:
-            self._system = [{"role": "system", "content": system}]
-        self._history: list[Message] = []
+        self.system = system
+        self.sampling = sampling or Sampling()
+        self.style = style or Style()
+        self.history: list[Message] = []
+        self._attempt = 0
 
     @property
     def messages(self) -> list[Message]:
         """System message and history."""
-        return [*self._system, *self._history]
+        return [*self._beginning(), *self.history]
+
+    def _beginning(self) -> list[Message]:
+        return [] if self.system is None else [{"role": "system", "content": self.system}]
 
     def ask(self, text: str) -> Iterator[str]:
         """Say something and get the answer piece by piece.
@@ -73,20 +97,51 @@ class Conversation:
         If it is interrupted, what was answered so far stays in the history;
         if nothing was answered, neither does the question.
         """
+        self._attempt = 0
+        wrapped = f"{self.style.prefix}{text}{self.style.suffix}"
+        return self._answer({"role": "user", "content": wrapped}, self.history)
+
+    def again(self) -> Iterator[str]:
+        """Answer the last question anew; a seed that was given is counted up.
+
+        The old answer stays if no new one comes.
+
+        Raises:
+            UsageError: if nothing was asked yet.
+        """
+        if not self.history:
+            raise UsageError("nothing was said yet")
+        self._attempt += 1
+        *before, question, _ = self.history
+        return self._answer(question, before)
+
+    def _answer(self, question: Message, before: list[Message]) -> Iterator[str]:
         pieces: list[str] = []
-        question: Message = {"role": "user", "content": text}
         try:
-            for piece in self.model.stream([*self.messages, question], self._sampling):
+            for piece in self._stream([*self._beginning(), *before, question]):
                 pieces.append(piece)
                 yield piece
         finally:
             if pieces:
                 answer = {"role": "assistant", "content": "".join(pieces)}
-                self._history += [question, answer]
+                self.history = [*before, question, answer]
+
+    def _stream(self, messages: list[Message]) -> Iterator[str]:
+        sampling = self.sampling
+        if sampling.seed is not None and self._attempt:
+            sampling = replace(sampling, seed=(sampling.seed + self._attempt) % (_SEEDS - 1))
+        if self.style.completion:
+            text = "".join(m["content"] for m in messages)
+            return self.model.complete(text, sampling)
+        return self.model.stream(messages, sampling)
+
+    def stop(self) -> None:
+        """End the answer that is being written; safe in a signal handler."""
+        self.model.stop()
 
     def reset(self) -> None:
         """Forget all but the system message."""
-        self._history.clear()
+        self.history = []
 
     def close(self) -> None:
         """Free the model."""
@@ -103,44 +158,146 @@ class Conversation:
     ) -> None:
         self.close()
 
+    # Conversations as files.
 
-def converse(conversation: Conversation, read: Callable[[], str | None], writer: Writer) -> None:
-    """Answer what is read until there is no more, or ``/exit``.
+    def save(self, path: Path) -> None:
+        """Write system message, history and sampling as JSON.
 
-    Args:
-        conversation: the conversation.
-        read: gives the next message; None at the end.
-        writer: where answers go. Ctrl-C during an answer ends that answer.
+        A conversation that was saved there is replaced, any other file is not.
+
+        Raises:
+            UsageError: if something else lies there, or it cannot be written.
+        """
+        if path.exists():
+            try:
+                read_conversation(path)
+            except (IntegrityError, SourceError) as error:
+                raise UsageError(
+                    f"{path} exists and is not a conversation", "Choose another name"
+                ) from error
+        value = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "model": self.model.path.name,
+            "style": asdict(self.style),
+            "sampling": asdict(self.sampling),
+            "system": self.system,
+            "messages": self.history,
+        }
+        try:
+            write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise UsageError(f"{path} cannot be written: {error.strerror}") from error
+
+    def load(self, path: Path) -> str:
+        """Go on with a conversation that was saved; all of it or nothing is taken.
+
+        Returns:
+            Name of the model that it was held with.
+
+        Raises:
+            SourceError: if the file cannot be read.
+            IntegrityError: if it is not a conversation.
+            UsageError: if it is a completion and this is not, or the other way round.
+        """
+        saved = read_conversation(path)
+        if saved.style.completion != self.style.completion:
+            kinds = ("a chat", "a completion")
+            raise UsageError(
+                f"{path} is {kinds[saved.style.completion]}, and "
+                f"this is {kinds[self.style.completion]}",
+                "Begin ggufkit chat with --completion for the one, without it for the other",
+            )
+        self.style, self.sampling = saved.style, saved.sampling
+        self.system, self.history = saved.system, saved.history
+        self._attempt = 0
+        return saved.model
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What :meth:`Conversation.save` writes.
+
+    Attributes:
+        model: file name of the model.
+        style: how messages were read.
+        sampling: how answers were chosen.
+        system: the system message.
+        history: questions and answers.
     """
-    while (text := read()) is not None:
-        match text.strip():
-            case "":
-                continue
-            case "/exit":
-                return
-            case "/reset":
-                conversation.reset()
-                writer.say("the conversation begins anew")
-            case "/help":
-                writer.say(HELP)
-            case message:
-                answer(conversation, message, writer)
+
+    model: str
+    style: Style
+    sampling: Sampling
+    system: str | None
+    history: list[Message]
 
 
-def answer(conversation: Conversation, text: str, writer: Writer) -> None:
-    """Answer one message."""
-    pieces: list[str] = []
-    stream = conversation.ask(text)
+def read_conversation(path: Path) -> Saved:
+    """Read a conversation that was saved.
+
+    Raises:
+        SourceError: if the file cannot be read.
+        IntegrityError: if it is not a conversation.
+    """
     try:
-        for piece in stream:
-            pieces.append(piece)
-            writer.piece(piece)
-    except KeyboardInterrupt:
-        # It may have come while the writer wrote; the model must be told then too.
-        stream.close()  # type: ignore[attr-defined]
-    except GgufkitError as error:
-        if pieces:
-            writer.answered(text, "".join(pieces), conversation.model.statistics)
-        writer.failed(error)
-        return
-    writer.answered(text, "".join(pieces), conversation.model.statistics)
+        if path.stat().st_size > _LONGEST_FILE:
+            raise IntegrityError(f"{path} is too large for a conversation")
+        raw = json.loads(path.read_bytes())
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{path} is not JSON: {error}") from error
+    try:
+        return _saved(raw)
+    except (KeyError, TypeError, ValueError, UsageError) as error:
+        raise IntegrityError(
+            f"{path} is not a conversation that ggufkit saved", f"What does not fit: {error}"
+        ) from error
+
+
+def _saved(raw: Any) -> Saved:
+    if raw["format"] != _FORMAT or raw["version"] != _VERSION:
+        raise ValueError(f"format {raw['format']!r}, version {raw['version']!r}")
+    system = raw["system"]
+    if system is not None:
+        _check_text(system, "the system message")
+    style = _built(Style, raw["style"])
+    sampling = _built(Sampling, {**raw["sampling"], "stop": tuple(raw["sampling"]["stop"])})
+    sampling.resolve()
+    return Saved(str(raw["model"]), style, sampling, system, _history(raw["messages"]))
+
+
+def _built(kind: Any, values: dict[str, Any]) -> Any:
+    """An instance whose values are of the types of its defaults, or numbers."""
+    for field in fields(kind):
+        value = values[field.name]
+        fits = (
+            value is None or isinstance(value, int | float)
+            if field.default is None
+            else isinstance(value, type(field.default))
+        )
+        if not fits or isinstance(value, bool) != isinstance(field.default, bool):
+            raise ValueError(f"{field.name} is {value!r}")
+        if isinstance(value, str):
+            _check_text(value, field.name)
+    return kind(**values)
+
+
+def _history(messages: Any) -> list[Message]:
+    if not isinstance(messages, list) or len(messages) % 2:
+        raise ValueError("messages are not pairs of question and answer")
+    history: list[Message] = []
+    for number, message in enumerate(messages):
+        role, content = message["role"], message["content"]
+        if role != ("user", "assistant")[number % 2]:
+            raise ValueError(f"message {number + 1} is by {role!r}")
+        _check_text(content, f"message {number + 1}")
+        history.append({"role": role, "content": content})
+    return history
+
+
+def _check_text(value: Any, what: str) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{what} is not text")
+    value.encode()

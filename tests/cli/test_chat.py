@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,12 +18,11 @@ from typing import Any
 import pytest
 
 from ggufkit import pipeline
-from ggufkit.cli.chat import _Terminal
-from ggufkit.cli.session import Session
 from ggufkit.errors import ToolError
-from ggufkit.llamacpp.runtime import Sampling
+from ggufkit.llamacpp.batching import ContextOptions, ModelOptions
 from ggufkit.llamacpp.toolchain import NativeBuild
-from ggufkit.serve.chat import Conversation
+from ggufkit.serve.chat import Conversation, Style, read_conversation
+from ggufkit.serve.model import Sampling
 from tests.chatting import FakeModel, without_template
 
 Told = tuple[int, str, str]
@@ -54,7 +54,12 @@ class Fake:
 
     def __call__(self, model: Path, **options: Any) -> Conversation:
         self.options = {"model": model, **options}
-        return Conversation(self.model, system=options["system"], sampling=options["sampling"])
+        return Conversation(
+            self.model,
+            system=options["system"],
+            sampling=options["sampling"],
+            style=options["style"],
+        )
 
 
 @pytest.fixture
@@ -74,26 +79,48 @@ def gguf(tmp_path: Path) -> Path:
     return path
 
 
-def test_every_option_arrives(chat: Chat, fake: Callable[..., Fake], gguf: Path) -> None:
+def test_every_option_arrives(
+    chat: Chat, fake: Callable[..., Fake], gguf: Path, tmp_path: Path
+) -> None:
     made = fake(["Fine"], ["Thanks"])
-    options = "-ngl 7 -n 9 -c 512 -t 3 --temp 0.5 --top-k 4 --top-p 0.8 --min-p 0.1 --seed 11"
-    more = ["--repeat-penalty", "1.1", "--chat-template", "chatml"]
+    options = "-ngl 7 -n 9 -c 512 -t 3 -tb 4 --temp 0.5 --top-k 4 --top-p 0.8 --min-p 0.1 --seed 11"
+    more = "--repeat-penalty 1.1 --presence-penalty 0.1 --frequency-penalty 0.2 -r stop -r halt"
+    loading = "-fa on -ctk q8_0 -ctv q5_1 --lora a.gguf --lora b.gguf:0.5 --rpc one:1,two:2"
     told = chat(
-        b"How are you?\n", "-m", gguf, "-sys", "Be brief", "-p", "Hi", *options.split(), *more
+        b"How are you?\n",
+        *("-m", gguf, "-sys", "Be brief", "-p", "Hi", "--chat-template", "chatml"),
+        *("--in-prefix", "<", "--in-suffix", ">", "--grammar", "root ::= any"),
+        *options.split(),
+        *more.split(),
+        *loading.split(),
     )
     assert told == (0, "Fine\nThanks\n", "")
     assert made.options.pop("progress")
     assert made.options == {
         "model": gguf,
         "system": "Be brief",
-        "sampling": Sampling(0.5, 4, 0.8, 0.1, 1.1, 9),
-        "gpu_layers": 7,
-        "context": 512,
-        "threads": 3,
-        "seed": 11,
+        "sampling": Sampling(
+            *(0.5, 4, 0.8, 0.1, 1.1, 9, 0.1, 0.2, 11, "root ::= any", ("stop", "halt"))
+        ),
+        "style": Style(prefix="<", suffix=">"),
+        "options": ModelOptions(
+            gpu_layers=7,
+            adapters={"a.gguf": Path("a.gguf"), "b.gguf": Path("b.gguf")},
+            rpc=("one:1", "two:2"),
+        ),
+        "scales": {"a.gguf": 1.0, "b.gguf": 0.5},
+        "context": ContextOptions(
+            context=512,
+            threads=3,
+            batch_threads=4,
+            flash_attention="on",
+            key_type="q8_0",
+            value_type="q5_1",
+        ),
         "chat_template": "chatml",
     }
-    assert [m["content"] for m in made.model.asked[1]] == ["Be brief", "Hi", "Fine", "How are you?"]
+    contents = [m["content"] for m in made.model.asked[1]]
+    assert contents == ["Be brief", "<Hi>", "Fine", "<How are you?>"]
     assert made.model.closed
 
 
@@ -107,24 +134,63 @@ def test_what_is_not_asked_for_is_left_to_the_model(
         "model": gguf,
         "system": None,
         "sampling": Sampling(),
-        "gpu_layers": 0,
-        "context": None,
-        "threads": None,
-        "seed": None,
+        "style": Style(),
+        "options": ModelOptions(),
+        "scales": {},
+        "context": ContextOptions(),
         "chat_template": None,
     }
 
 
 @pytest.mark.parametrize(
-    ("given", "layers"), [("0", 0), ("99", 99), ("all", -1), ("ALL", -1), ("-1", -1)]
+    ("given", "layers"),
+    [("0", 0), ("99", 99), ("all", "all"), ("ALL", "all"), ("-1", "all"), ("auto", "auto")],
 )
 def test_gpu_layers(
-    chat: Chat, fake: Callable[..., Fake], gguf: Path, given: str, layers: int
+    chat: Chat, fake: Callable[..., Fake], gguf: Path, given: str, layers: int | str
 ) -> None:
     made = fake()
     for option in ("-ngl", "--gpu-layers"):
         assert chat(b"", gguf, option, given)[0] == 0
-        assert made.options["gpu_layers"] == layers
+        assert made.options["options"].gpu_layers == layers
+
+
+def test_grammars_come_from_options_and_files(
+    chat: Chat, fake: Callable[..., Fake], gguf: Path, tmp_path: Path, native: NativeBuild
+) -> None:
+    grammar, schema = tmp_path / "answer.gbnf", tmp_path / "answer.json"
+    grammar.write_text('root ::= "yes"', encoding="utf-8")
+    schema.write_text('{"const": "yes"}', encoding="utf-8")
+    found = []
+    for options in (
+        ["--grammar-file", grammar],
+        ["--json-schema", '{"const": "yes"}'],
+        ["--json-schema-file", schema],
+    ):
+        made = fake()
+        assert chat(b"", gguf, *options)[0] == 0
+        found.append(made.options["sampling"].grammar)
+    assert found[0] == 'root ::= "yes"'
+    assert "yes" in found[1]
+    assert found[1] == found[2]
+
+
+def test_a_completion_reads_all_of_stdin(chat: Chat, fake: Callable[..., Fake], gguf: Path) -> None:
+    made = fake([" more"])
+    told = chat(b"Once\n upon\n", gguf, "--completion", "-sys", "Tale: ")
+    assert told == (0, " more\n", "")
+    assert made.model.completed == ["Tale: Once\n upon"]
+    made = fake()
+    assert chat(b"", gguf, "--completion") == (0, "", "")
+
+
+def test_a_single_turn(chat: Chat, fake: Callable[..., Fake], gguf: Path) -> None:
+    fake(["Fine"])
+    assert chat(b"Hi\nHo\n", gguf, "-st") == (0, "Fine\n", "")
+    fake(["Fine"])
+    assert chat(b"Hi\nHo\n", gguf, "-st", "-p", "He") == (0, "Fine\n", "")
+    fake()
+    assert chat(b"", gguf, "-st") == (0, "", "")
 
 
 @pytest.mark.parametrize(
@@ -132,6 +198,10 @@ def test_gpu_layers(
     [
         (["-ngl", "many"], "'many' is neither a number nor 'all'"),
         (["-ngl", "1.5"], "'1.5' is neither a number nor 'all'"),
+        (["--lora", "a.gguf:big"], "'big' is not the scale of an adapter"),
+        (["--grammar", "root ::= x", "--json-schema", "{}"], "more than one grammar"),
+        (["--json-schema", "{"], "the JSON schema is not JSON"),
+        (["-ctk", "q9"], "'q9' is not one of"),
         (["-n", "0"], "'-n'"),
         (["-c", "-1"], "'-c'"),
         (["--temp", "-1"], "'--temp'"),
@@ -202,12 +272,6 @@ def test_without_any_model(run_cli: Run, tmp_path: Path) -> None:
     assert "hint: Make one: ggufkit convert" in err
 
 
-def test_a_model_cannot_command_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
-    terminal = _Terminal(Session(Path("models")))
-    terminal.piece("a\x1b[2J\x07\x9b\x7fb\r\n\t\u3000\u00a0\U0001f469\u200d\U0001f680")
-    assert capfd.readouterr().out == "a[2Jb\n\t\u3000\u00a0\U0001f469\u200d\U0001f680"
-
-
 # With the demo model.
 
 
@@ -264,7 +328,7 @@ def test_a_model_without_a_template(
     code, out, err = chat(b"Hi\n", mute)
     assert (code, out) == (2, "")
     assert "error: mute.gguf has no chat template" in err
-    assert "hint: Give one: --chat-template FILE" in err
+    assert "hint: Let it go on with your text: --completion" in err
     code, out, err = chat(b"Hi\n", mute, "--chat-template", "chatml", "-n", "4", "-c", "64")
     assert (code, err) == (0, "")
     assert out.strip()
@@ -302,7 +366,7 @@ def test_ctrl_c_ends_a_pipe(demo_gguf: Path, native: NativeBuild) -> None:
         process.stdin.flush()
         assert process.stdout.read(1)
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        assert process.wait(300) == 130
         assert process.stdout.read()
         assert b"error: interrupted\n" in process.stderr.read()
 
@@ -318,13 +382,18 @@ class Terminal:
         "from ggufkit.cli import main; main()"
     )
 
-    def __init__(self, *args: object) -> None:
+    def __init__(self, state: Path, *args: object) -> None:
         self._screen, inside = pty.openpty()
+        termios.tcsetwinsize(inside, (24, 80))
         self._seen = b""
         self.process = subprocess.Popen(
             [sys.executable, "-c", self._START, "chat", *map(str, args)],
             cwd=Path(__file__).parents[2],
-            env={**os.environ, "TERM": "xterm"},
+            env={
+                **os.environ,
+                "TERM": "xterm",
+                "XDG_STATE_HOME": str(state),
+            },
             stdin=inside,
             stdout=inside,
             stderr=inside,
@@ -335,26 +404,28 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._screen, text.encode())
 
-    def interrupt(self) -> None:
-        """Press Ctrl-C at the prompt, not in the instant in which it is shown.
+    def enter(self, text: str) -> None:
+        self.type(text + "\r")
 
-        Python's readline would notice a signal of that instant with the next key.
-        """
-        time.sleep(0.5)
-        self.type("\x03")
-
-    def expect(self, pattern: str, seconds: float = 60) -> str:
+    def expect(self, pattern: str, seconds: float = 300) -> str:
         """Wait for a pattern in what was not looked at yet; gives all up to its end."""
         end = time.monotonic() + seconds
         while not (found := re.search(pattern.encode(), self._seen)):
             ready, _, _ = select.select([self._screen], [], [], max(0, end - time.monotonic()))
             assert ready, f"no {pattern!r} in {self._seen!r}"
-            self._seen += os.read(self._screen, 65536)
+            told = os.read(self._screen, 65536)
+            for _ in range(told.count(b"\x1b[6n")):  # where is the cursor?
+                self.type("\x1b[1;1R")
+            self._seen += told
         before, self._seen = self._seen[: found.end()], self._seen[found.end() :]
-        return before.decode()
+        return before.decode(errors="replace")
 
-    def expect_prompt(self) -> None:
-        self.expect("\x1b\\[1;32m> \x1b\\[0m")
+    def expect_prompt(self) -> str:
+        return self.expect(r"context \d+ of \d+ \(\d+ %\)")
+
+    def leave(self) -> None:
+        self.enter("/exit")
+        assert self.process.wait(300) == 0
 
     def close(self) -> None:
         self.process.kill()
@@ -362,12 +433,15 @@ class Terminal:
         os.close(self._screen)
 
 
+Opened = Callable[..., Terminal]
+
+
 @pytest.fixture
-def terminal(demo_gguf: Path, native: NativeBuild) -> Iterator[Callable[..., Terminal]]:
+def terminal(demo_gguf: Path, native: NativeBuild, tmp_path: Path) -> Iterator[Opened]:
     opened: list[Terminal] = []
 
-    def start(*args: object) -> Terminal:
-        opened.append(Terminal(demo_gguf, "--temp", "0", *args))
+    def start(*args: object, model: Path = demo_gguf) -> Terminal:
+        opened.append(Terminal(tmp_path / "state", model, "--temp", "0", "-c", "256", *args))
         return opened[-1]
 
     yield start
@@ -375,48 +449,151 @@ def terminal(demo_gguf: Path, native: NativeBuild) -> Iterator[Callable[..., Ter
         terminal.close()
 
 
-def test_a_session_at_the_terminal(terminal: Callable[..., Terminal]) -> None:
-    screen = terminal()
+def test_a_session_at_the_terminal(terminal: Opened, tmp_path: Path) -> None:
+    screen, path = terminal("-n", "24"), tmp_path / "talk.json"
     assert "/help for help" in screen.expect("to leave")
     screen.expect_prompt()
-    screen.type("Count from 1 to 1000.\r")
-    screen.expect("1000\\.\r\n")  # the echo
-    screen.expect("[A-Za-z0-9]+[ ,.]")
+    screen.enter("What is the capital of France?")
+    shown = screen.expect_prompt()
+    assert "stopped at the length asked for, 24 tokens" in shown
+    screen.enter(f"/save {path}")
+    screen.expect("saved in")
+    screen.expect_prompt()
+    first = read_conversation(path).history
+    assert first[0]["content"] == "What is the capital of France?"
+    assert first[1]["content"].split()[0] in shown
+    screen.enter("/params n 3")
+    screen.expect(r"mn +3\x1b")
+    screen.expect_prompt()
+    screen.enter("/regen")
+    screen.expect("the answer will be the same")
+    screen.expect("stopped at the length asked for, 3 tokens")
+    screen.expect_prompt()
+    screen.enter(f"/load {path}")
+    screen.expect("loaded 2 messages")
+    screen.expect_prompt()
+    screen.enter("/system Be brief.")
+    screen.expect("system message: Be brief")
+    screen.expect_prompt()
+    screen.enter(f"/save {path}")
+    screen.expect("saved in")
+    screen.expect_prompt()
+    saved = read_conversation(path)
+    assert (saved.history, saved.system) == (first, "Be brief.")
+    assert saved.sampling.max_tokens == 24
+    screen.leave()
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_program(terminal: Opened) -> None:
+    screen = terminal("--no-markdown", "-c", "4096")
+    screen.expect_prompt()
+    screen.enter("Count from 1 to 1000, one number in each line.")
+    screen.expect("2\r?\n")
     screen.type("\x03")
-    told = screen.expect(r"context \d+ of 8192")
-    assert re.search(r"\x1b\[2minterrupted, \d+ tokens, [\d.]+ tokens/s, ", told)
+    told = screen.expect(r"context \d+ of 4096")
+    assert re.search(r"interrupted, \d+ tokens, [\d.]+ tokens/s, ", told)
     screen.expect_prompt()
     screen.type("half a line")
-    screen.expect("half a line")  # Ctrl-C throws away what was not read yet
-    screen.interrupt()
-    screen.expect_prompt()
-    screen.type("/help\r")
+    screen.expect("half a line")
+    screen.type("\x03")  # throws away what was typed
+    screen.enter("/help")
     screen.expect("/reset +forget")
     screen.expect_prompt()
-    screen.type("/exit\r")
-    assert screen.process.wait(60) == 0
+    screen.type("\x03")
+    screen.expect("Ctrl-C again, or Ctrl-D, to leave")
+    screen.expect_prompt()
+    screen.type("\x03")
+    assert screen.process.wait(300) == 0
 
 
-def test_ctrl_d_leaves(terminal: Callable[..., Terminal]) -> None:
+def test_markdown_is_drawn(terminal: Opened) -> None:
+    grammar = r'root ::= "# Head\n\nSome **bold** text.\n\n- one\n- two\n"'
+    screen = terminal("--grammar", grammar, "-p", "Go")
+    shown = screen.expect_prompt()
+    assert re.search("\x1b\\[1;4mHead\x1b", shown)
+    assert re.search("Some \x1b\\[1mbold\x1b\\[0m text.", shown)
+    assert " • " in shown
+    screen.leave()
+
+
+def test_what_was_typed_is_there_the_next_time(terminal: Opened, tmp_path: Path) -> None:
+    screen = terminal("-n", "2")
+    screen.expect_prompt()
+    screen.enter("One line\\\rand another")
+    screen.expect_prompt()
+    screen.leave()
+    kept = tmp_path / "state" / "ggufkit" / "chat-history"
+    assert kept.stat().st_mode & 0o777 == 0o600
+    assert kept.parent.stat().st_mode & 0o777 == 0o700
+    again = terminal("-n", "2")
+    again.expect_prompt()
+    again.type("\x1b[A\x1b[A")  # /exit, and what came before it
+    again.expect("and another")
+    again.type("\x1b\r!")  # Alt-Enter: a third line
+    again.type("\r")
+    again.expect_prompt()
+    again.enter(f"/save {tmp_path / 'talk.json'}")
+    again.expect("saved in")
+    again.expect_prompt()
+    again.leave()
+    (question, _) = read_conversation(tmp_path / "talk.json").history
+    assert question["content"] == "One line\nand another\n!"
+
+
+def test_history_can_be_left_out(terminal: Opened, tmp_path: Path) -> None:
+    screen = terminal("--no-history")
+    screen.expect_prompt()
+    screen.leave()
+    assert not (tmp_path / "state").exists()
+
+
+def test_ctrl_d_leaves(terminal: Opened) -> None:
     screen = terminal()
     screen.expect_prompt()
     screen.type("\x04")
-    assert screen.process.wait(60) == 0
+    assert screen.process.wait(300) == 0
 
 
-def test_ctrl_c_with_nothing_typed_leaves(terminal: Callable[..., Terminal]) -> None:
+def test_commands_are_completed(terminal: Opened) -> None:
     screen = terminal()
     screen.expect_prompt()
-    screen.interrupt()
-    assert screen.process.wait(60) == 0
+    screen.type("/he\t\r")
+    screen.expect("/reset +forget")
+    screen.expect_prompt()
+    screen.leave()
 
 
-def test_a_first_message_and_then_the_keyboard(terminal: Callable[..., Terminal]) -> None:
-    screen = terminal("-p", "Say hello", "-n", "3", "-c", "64")
+def test_a_first_message_and_then_the_keyboard(terminal: Opened) -> None:
+    screen = terminal("-p", "Say hello", "-n", "3")
     assert "Say hello" in screen.expect("stopped at the length asked for, 3 tokens")
     screen.expect_prompt()
-    screen.type("word " * 60 + "\r")
-    screen.expect(r"error: the conversation has \d+ tokens")
+    screen.enter("word " * 300)
+    screen.expect(r"the conversation has \d+ tokens")
     screen.expect_prompt()  # an error does not end the session
-    screen.type("/exit\r")
-    assert screen.process.wait(60) == 0
+    screen.leave()
+
+
+def test_a_single_turn_at_the_terminal(terminal: Opened) -> None:
+    screen = terminal("-p", "Say hello", "-n", "3", "-st")
+    screen.expect("stopped at the length asked for, 3 tokens")
+    assert screen.process.wait(300) == 0
+
+
+@pytest.mark.parametrize(("answer", "code"), [("y", 0), ("n", 2)])
+def test_without_a_template_it_asks(
+    terminal: Opened, demo_gguf: Path, tmp_path: Path, answer: str, code: int
+) -> None:
+    screen = terminal("-n", "3", model=without_template(demo_gguf, tmp_path / "mute.gguf"))
+    screen.expect(r"mute\.gguf has no chat template")
+    screen.expect(r"\[y/N\]: ")
+    screen.enter(answer)
+    if code == 0:
+        screen.expect("it goes on with what you type")
+        screen.expect_prompt()
+        screen.enter("1, 2, 3,")
+        screen.expect(" 4, 5|stopped at the length asked for, 3 tokens")
+        screen.expect_prompt()
+        screen.leave()
+    else:
+        screen.expect(r"mute\.gguf has no chat template")
+        assert screen.process.wait(300) == code

@@ -59,7 +59,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cli.root, "main", fails)
     with pytest.raises(ZeroDivisionError):
-        cli.run([])
+        cli.execute([])
 
 
 def test_the_models_directory_comes_from_the_option_or_the_environment(
@@ -74,10 +74,10 @@ def test_the_models_directory_comes_from_the_option_or_the_environment(
 
     monkeypatch.setattr(type(cli.root), "get_command", lambda *_: show)
     monkeypatch.setattr(type(cli.root), "list_commands", lambda *_: ["show"])
-    cli.run(["show"])
+    cli.execute(["show"])
     monkeypatch.setenv("GGUFKIT_MODELS", "from-environment")
-    cli.run(["show"])
-    cli.run(["--models-dir", "from-option", "show"])
+    cli.execute(["show"])
+    cli.execute(["--models-dir", "from-option", "show"])
     assert seen == [Path("models"), Path("from-environment"), Path("from-option")]
 
 

@@ -1,0 +1,1 @@
+"""Models for many users, over HTTP, as OpenAI's clients expect it."""
