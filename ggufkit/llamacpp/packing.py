@@ -118,7 +118,8 @@ class _Bits:
         per_byte = 8 // self.bits
         grouped = values.reshape(*values.shape[:-1], self.count // self.group, per_byte, -1)
         joined = np.bitwise_or.reduce(grouped.astype(np.uint8) << self._shifts(), axis=-2)
-        return joined.reshape(*values.shape[:-1], self.nbytes)
+        packed: Bytes = joined.reshape(*values.shape[:-1], self.nbytes)
+        return packed
 
     def _shifts(self) -> "Bytes":
         import numpy as np
@@ -211,6 +212,7 @@ class Format:
         subs: sub-blocks in a block; 1 if it has none.
         has_min: whether blocks have minima.
         is_even: whether levels lie one apart.
+        sign: of what ``dmin`` takes away; -1 where it is added.
     """
 
     def __init__(
@@ -234,7 +236,7 @@ class Format:
         self.is_even = levels[-1] - levels[0] == len(levels) - 1
         self._parts = parts
         self._levels = levels
-        self._sign = -1 if added else 1
+        self.sign = -1 if added else 1
         # Integer scales are stored counted from the smallest on.
         self._zero = -scales[0] if scales else 0
         assert sum(part.nbytes for part in parts) == self.block_nbytes, name
@@ -305,7 +307,7 @@ class Format:
 
         if fields.dmin is None:
             return None
-        dmin = self._sign * fields.dmin.astype(np.float32)[..., None]
+        dmin = self.sign * fields.dmin.astype(np.float32)[..., None]
         return dmin if fields.mins is None else dmin * fields.mins.astype(np.float32)
 
     def dequantize(self, fields: Fields) -> "Floats":

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ggufkit.errors import IntegrityError, UsageError
@@ -54,6 +54,7 @@ def test_knows_the_types_it_should() -> None:
 
 
 @each_format
+@settings(deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), size=st.floats(-30, 4), tails=st.booleans())
 def test_agrees_with_ggml_on_random_rows(
     format: Format, ggml: Ggml, seed: int, size: float, tails: bool
@@ -114,6 +115,7 @@ def half_offsets(format: Format) -> list[int]:
 
 
 @each_format
+@settings(deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     scale=st.floats(0, 65504, width=16),
