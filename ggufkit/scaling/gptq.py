@@ -66,6 +66,7 @@ def round_matrix(
     weight: "torch.Tensor",
     moment: "torch.Tensor",
     *,
+    target: "torch.Tensor | None" = None,
     damping: float = DAMPING,
     sweeps: int = SWEEPS,
     threads: int = 1,
@@ -75,8 +76,9 @@ def round_matrix(
     Args:
         ggml: the quantizer.
         type: name of the type.
-        weight: what to come near to, float32, shape (rows, columns).
+        weight: what ggml would round, float32, shape (rows, columns).
         moment: H = E[x xᵀ] of the inputs, float64, shape (columns, columns).
+        target: what to come near to, if that is not ``weight``.
         damping: share of each diagonal entry of ``moment`` that is added to it.
         sweeps: rounds of coordinate descent.
         threads: how many parts of the rows to work on at a time.
@@ -90,8 +92,9 @@ def round_matrix(
     format = format_of(type)
     kind = ggml.type(type)
     weight = weight.contiguous()
+    target = weight if target is None else target.contiguous()
     plain = ggml.quantize(kind, weight.numpy())
-    best = _Best(ggml, type, weight, moment, plain)
+    best = _Best(ggml, type, target, moment, plain)
     if reason := _degenerate(moment):
         nothing = float("nan")
         return Rounded(plain, best.values, nothing, nothing, nothing, len(weight), reason)
@@ -101,7 +104,7 @@ def round_matrix(
     before = best.losses.clone()
     with _single_threaded_products(), ThreadPoolExecutor(threads) as pool:
         feedback = Feedback(ggml, format, moment, damping, sweeps)
-        best.offer(np.concatenate(list(pool.map(feedback, _parts(weight)))))
+        best.offer(np.concatenate(list(pool.map(feedback, _parts(target)))))
     kept = int((best.losses == before).sum())
     return Rounded(best.packed, best.values, best.loss, loss_plain, loss_importance, kept)
 
@@ -146,13 +149,13 @@ class _Best:
         self,
         ggml: Ggml,
         type: str,
-        weight: "torch.Tensor",
+        target: "torch.Tensor",
         moment: "torch.Tensor",
         packed: "Bytes",
     ) -> None:
         self._ggml = ggml
         self._kind = ggml.type(type)
-        self._weight = weight
+        self._target = target
         self._moment = moment.float()
         self.packed = packed.copy()
         self.values, self.losses = self._look(packed)
@@ -177,7 +180,7 @@ class _Best:
         """The floats of a rounding, and what each row loses."""
         import torch
 
-        columns = self._weight.shape[1]
+        columns = self._target.shape[1]
         values = torch.from_numpy(self._ggml.dequantize(self._kind, packed, columns))
-        error = self._weight - values
+        error = self._target - values
         return values, (error @ self._moment).mul_(error).sum(1, dtype=torch.float64)
