@@ -9,14 +9,19 @@ before the bytes it needs are known to be there. Format: ggml's docs/gguf.md.
 import mmap
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ggufkit.errors import IntegrityError, SourceError
 from ggufkit.llamacpp.blocks import TYPE_NUMBERS, TYPE_SIZES
 from ggufkit.values import GGUFFile, Json, TensorInfo
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -24,6 +29,7 @@ _DEFAULT_ALIGNMENT = 32
 _MAX_DIMENSIONS = 4
 """``GGML_MAX_DIMS``."""
 _LONG_ARRAY = 64
+_COPIED_AT_ONCE = 1 << 24
 _MAX_MESSAGE = 300
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _SCALARS = {
@@ -135,7 +141,9 @@ class _Header:
             metadata[key] = self._value(self._scalar("I"), key)
         self.metadata_end = self._at
         entries = [self._tensor_entry() for _ in range(tensor_count)]
-        tensors = self._place(entries, self._alignment(metadata))
+        self.header_end = self._at
+        self.alignment = self._alignment(metadata)
+        tensors = self._place(entries, self.alignment)
         shown = {key: value for key, value in metadata.items() if value is not _PASSED_OVER}
         return GGUFFile(self._path, version, len(self._data), shown, tensors)
 
@@ -282,14 +290,13 @@ def write_skeleton(
         _check_magic(vocab_only, data)
         header = _Header(vocab_only, data, arrays=False)
         read = header.read()
-        alignment = int(read.metadata.get("general.alignment", _DEFAULT_ALIGNMENT))
+        alignment = header.alignment
         counts = struct.pack("<IQ", read.version, len(tensors))
         start = len(MAGIC) + len(counts)
         parts = [MAGIC, counts, bytes(data[start : header.metadata_end])]
     offset = 0
     for name, shape, kind in tensors:
-        spelled = name.encode()
-        parts.append(struct.pack("<Q", len(spelled)) + spelled)
+        parts.append(_packed_string(name))
         parts.append(struct.pack(f"<I{len(shape)}Q", len(shape), *shape))
         parts.append(struct.pack("<IQ", TYPE_NUMBERS[kind], offset))
         block, size = TYPE_SIZES[kind]
@@ -298,3 +305,64 @@ def write_skeleton(
     with out.open("wb") as file:
         file.write(written)
         file.truncate(-(-len(written) // alignment) * alignment + offset)
+
+
+def write_replaced(
+    source: Path,
+    out: Path,
+    data: "Iterable[tuple[str, npt.NDArray[np.uint8]]]",
+    note: tuple[str, str],
+) -> None:
+    """Write a copy of a GGUF with other data in some tensors and one more key.
+
+    Names, shapes, types and order of the tensors stay as they are, and so does
+    all other metadata.
+
+    Args:
+        source: the GGUF.
+        out: the file to write.
+        data: names of tensors and their new bytes, any shape, taken one after the other.
+        note: a key that the source does not have, and its value, a string.
+
+    Raises:
+        SourceError: if there is no such file, or no such tensor in it.
+        IntegrityError: if the source is no sound GGUF.
+        ValueError: if it has that key, or bytes are not as many as the tensor's.
+    """
+    with _mapped(source) as old, out.open("wb") as file:
+        _check_magic(source, old)
+        header = _Header(source, old, arrays=False)
+        read = header.read()
+        if note[0] in read.metadata:
+            raise ValueError(f"{source} has the key '{note[0]}' already")
+        counts = len(MAGIC) + struct.calcsize("<IQQ")
+        _, tensor_count, key_count = struct.unpack_from("<IQQ", old, len(MAGIC))
+        file.write(MAGIC + struct.pack("<IQQ", read.version, tensor_count, key_count + 1))
+        file.write(old[counts : header.metadata_end])
+        file.write(_packed_string(note[0]) + struct.pack("<I", _STRING) + _packed_string(note[1]))
+        file.write(old[header.metadata_end : header.header_end])
+        before, after = (
+            -(-at // header.alignment) * header.alignment for at in (header.header_end, file.tell())
+        )
+        file.write(bytes(after - file.tell()))
+        for start in range(before, len(old), _COPIED_AT_ONCE):
+            file.write(old[start : start + _COPIED_AT_ONCE])
+        places = {tensor.name: tensor for tensor in read.tensors}
+        for name, content in data:
+            tensor = places.get(name)
+            if tensor is None:
+                raise SourceError(
+                    f"{source} has no tensor '{name}'", "Was it made of another model?"
+                )
+            view = content.tobytes()
+            if len(view) != tensor.nbytes:
+                raise ValueError(
+                    f"{len(view)} bytes do not fill '{name}', which has {tensor.nbytes}"
+                )
+            file.seek(tensor.offset - before + after)
+            file.write(view)
+
+
+def _packed_string(value: str) -> bytes:
+    spelled = value.encode()
+    return struct.pack("<Q", len(spelled)) + spelled

@@ -46,6 +46,19 @@ def load_torch() -> None:
             del os.environ[name]
 
 
+class _SeenError(Exception):
+    """Ends a forward pass that has shown what was wanted."""
+
+
+def steps(hidden: "torch.Tensor", within: slice | None = None) -> Iterator[slice]:
+    """The sequences of hidden states, a few at a time."""
+    count, length = hidden.shape[:2]
+    chosen = range(count)[within or slice(None)]
+    at_once = max(1, TOKENS_AT_ONCE // length)
+    for first in chosen[::at_once]:
+        yield slice(first, min(first + at_once, chosen.stop))
+
+
 class LoadedBlock:
     """A block with its weights in memory.
 
@@ -76,13 +89,35 @@ class LoadedBlock:
             hidden: those of all sequences.
             within: the sequences to run over; all of them if None.
         """
-        count, length = hidden.shape[:2]
-        chosen = range(count)[within or slice(None)]
-        at_once = max(1, TOKENS_AT_ONCE // length)
-        for first in chosen[::at_once]:
-            part = slice(first, min(first + at_once, chosen.stop))
-            hidden[part] = self._call(hidden[part], part, count)
+        for part in steps(hidden, within):
+            hidden[part] = self.step(hidden[part], part, len(hidden))
         return hidden
+
+    def input_of(self, path: str, hidden: "torch.Tensor", within: slice) -> "torch.Tensor":
+        """What a map of the block sees; nothing that comes after it is run.
+
+        Args:
+            path: of the map, inside the block's module.
+            hidden: hidden states before the block, of all sequences; left alone.
+            within: the sequences to run, few enough for one step.
+
+        Returns:
+            Shape (tokens, inputs).
+        """
+        seen: list[torch.Tensor] = []
+
+        def stop(module: Any, inputs: "tuple[torch.Tensor, ...]") -> None:
+            seen.append(inputs[0].reshape(-1, inputs[0].shape[-1]))
+            raise _SeenError
+
+        watch = self.module.get_submodule(path).register_forward_pre_hook(stop)
+        try:
+            self.step(hidden[within], within, len(hidden))
+        except _SeenError:
+            return seen[0]
+        finally:
+            watch.remove()
+        raise LookupError(f"the block does not use {path}")
 
     def backward(self, states: "torch.Tensor", gradient: "torch.Tensor") -> None:
         """Turn the gradient at the block's output into that at its input, in place.
@@ -93,18 +128,16 @@ class LoadedBlock:
         """
         import torch
 
-        count, length = states.shape[:2]
-        at_once = max(1, TOKENS_AT_ONCE // length)
-        for first in range(0, count, at_once):
-            part = slice(first, min(first + at_once, count))
+        for part in steps(states):
             before = states[part].clone().requires_grad_()
             with torch.enable_grad():
-                after = self._call(before, part, count)
+                after = self.step(before, part, len(states))
                 torch.autograd.backward(after, gradient[part])
             assert before.grad is not None
             gradient[part] = before.grad
 
-    def _call(self, hidden: "torch.Tensor", part: slice, count: int) -> "torch.Tensor":
+    def step(self, hidden: "torch.Tensor", part: slice, count: int) -> "torch.Tensor":
+        """Run the block over some of ``count`` sequences; their hidden states after it."""
         args = [_of_sequences(a, part, count) for a in self._args]
         kwargs = {k: _of_sequences(a, part, count) for k, a in self._kwargs.items()}
         result = self._run(hidden, *args, **kwargs)
@@ -225,14 +258,14 @@ class StreamedModel:
         def step(hidden: "torch.Tensor", *args: Any, **kwargs: Any) -> "torch.Tensor":
             weights = self._load_block(number)
             block = LoadedBlock(number, module, run, weights, (args, kwargs))
-            hidden = each(block, self._hold(hidden))
+            hidden = each(block, self.hold(hidden))
             block.weights = {}
             module.to_empty(device="meta")
             return hidden
 
         return step
 
-    def _hold(self, hidden: "torch.Tensor") -> "torch.Tensor":
+    def hold(self, hidden: "torch.Tensor") -> "torch.Tensor":
         """The hidden states, in a file if they are many."""
         import torch
 

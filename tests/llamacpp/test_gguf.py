@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ggufkit.errors import IntegrityError, SourceError
 from ggufkit.llamacpp import toolchain
-from ggufkit.llamacpp.gguf import read_gguf, write_skeleton
+from ggufkit.llamacpp.gguf import read_gguf, write_replaced, write_skeleton
 from ggufkit.llamacpp.toolchain import NativeBuild
 
 VALUES: dict[str, tuple[GGUFValueType, object]] = {
@@ -290,3 +290,33 @@ def test_a_skeleton_can_be_asked_for_its_types(
     assert {t.name: t.type.upper() for t in told.tensors if t.name.startswith("blk.0.attn")} == {
         f"blk.0.attn_{part}.weight": "Q4_1" for part in ("q", "k", "v", "output")
     } | {"blk.0.attn_norm.weight": "F32"}
+
+
+def test_replaces_data_and_adds_a_key(tmp_path: Path) -> None:
+    source, out = write(tmp_path / "x.gguf"), tmp_path / "y.gguf"
+    blocks = np.arange(68, dtype=np.uint8).reshape(2, 34)
+    write_replaced(source, out, [("b.weight", blocks)], ("made.by", "Zoë"))
+    before, after = read_gguf(source), read_gguf(out)
+    assert after.metadata == {**before.metadata, "made.by": "Zoë"}
+    assert [(t.name, t.shape, t.type) for t in after.tensors] == [
+        (t.name, t.shape, t.type) for t in before.tensors
+    ]
+    (_, a), (_, b) = ((t.name, t) for t in after.tensors)
+    data = out.read_bytes()
+    assert data[b.offset : b.offset + b.nbytes] == blocks.tobytes()
+    assert struct.unpack_from("<12f", data, a.offset) == tuple(range(12))
+    theirs = {tensor.name: tensor.data for tensor in GGUFReader(out).tensors}
+    np.testing.assert_array_equal(theirs["b.weight"], blocks)
+    again = tmp_path / "z.gguf"
+    write_replaced(source, again, [("b.weight", blocks)], ("made.by", "Zoë"))
+    assert again.read_bytes() == data
+
+
+def test_refuses_to_replace_what_is_not_there(tmp_path: Path) -> None:
+    source, out = write(tmp_path / "x.gguf"), tmp_path / "y.gguf"
+    with pytest.raises(SourceError, match=r"no tensor 'c\.weight'"):
+        write_replaced(source, out, [("c.weight", np.zeros(68, np.uint8))], ("made.by", ""))
+    with pytest.raises(ValueError, match=r"67 bytes do not fill 'b\.weight'"):
+        write_replaced(source, out, [("b.weight", np.zeros(67, np.uint8))], ("made.by", ""))
+    with pytest.raises(ValueError, match=r"the key 't.string' already"):
+        write_replaced(source, out, [], ("t.string", ""))
