@@ -11,7 +11,7 @@ COMMIT_LENGTH = 9
 """Characters of a commit that the tools are told, and print."""
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-_RECIPE_FILES = ("CMakeLists.txt", "CMakePresets.json")
+_RECIPE_FILES = ("CMakeLists.txt", "flush_log.cpp", "CMakePresets.json")
 
 
 @dataclass(frozen=True)
