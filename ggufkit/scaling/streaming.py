@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ggufkit.checkpoint.index import CheckpointIndex
 from ggufkit.checkpoint.tensors import TensorReader
 from ggufkit.errors import CheckpointError
+from ggufkit.llamacpp import host
 from ggufkit.scaling.families import EXPERT, Family
 from ggufkit.scaling.groups import expert_count
 
@@ -261,6 +262,7 @@ class StreamedModel:
             hidden = each(block, self.hold(hidden))
             block.weights = {}
             module.to_empty(device="meta")
+            host.return_freed_memory()
             return hidden
 
         return step
