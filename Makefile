@@ -14,7 +14,7 @@ ARGS ?=
 bin := $(VENV)/bin
 stamp := $(VENV)/.installed
 fresh := $(VENV)/.fresh
-benches := bench-awq bench-compare bench-evaluation
+benches := bench-awq bench-compare bench-evaluation bench-gptq bench-serve bench-serve-load
 
 .PHONY: help demo test venv native check format bench $(benches) clean
 
@@ -63,7 +63,7 @@ bench: native
 	$(bin)/python -m bench $(ARGS)
 
 $(benches): bench-%: native
-	$(bin)/python -m bench.$* $(ARGS)
+	$(bin)/python -m bench.$(subst -,_,$*) $(ARGS)
 
 # Models and native builds stay: they cost more than a minute to make again.
 clean:

@@ -1,9 +1,8 @@
-"""``python -m bench.serve_load URL``: many clients at once, for minutes, against a server.
+"""``make bench-serve-load``: many clients at once, for minutes.
 
 Each client asks what it can check: streams count upwards in the order of their
 events, numbers of tokens add up, errors are none. Some clients go away in the
-middle. The memory of the server, if it runs on this machine, is looked at all the
-while and must not grow. The context must be of 512 tokens at least.
+middle. The memory of the server is looked at all the while and must not grow.
 """
 
 import argparse
@@ -18,9 +17,14 @@ from pathlib import Path
 
 import httpx2 as httpx
 
+from bench.serve import demo_model
+from bench.servers import Server, ours
+
+_CONTEXT = 512
 _MIB = 1 << 20
 _WARM_SHARE = 0.3
-_GROWTH = 1.1
+"""Of the time that memory may grow: caches fill, and so does the context."""
+_GROWTH = 1.05
 
 
 @dataclass
@@ -31,61 +35,61 @@ class Tally:
     problems: list[str] = field(default_factory=list)
     first_seconds: list[float] = field(default_factory=list)
     tokens: int = 0
+    memory: list[float] = field(default_factory=list)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.serve_load", description=__doc__)
-    parser.add_argument("url", help="such as http://127.0.0.1:8080")
+    parser.add_argument("--model", type=Path, help="GGUF instead of the demo model's")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--tokens", type=int, default=48, help="of an answer at most")
-    parser.add_argument("--pid", type=int, help="of the server, to look at its memory")
+    parser.add_argument("--parallel", type=int, default=8, help="answers written at once")
     options = parser.parse_args()
     tally = Tally()
-    memory = asyncio.run(load(options, tally))
-    print(f"requests: {dict(tally.done)}")
-    print(f"tokens: {tally.tokens}, {tally.tokens / options.seconds:.1f} per second")
-    if tally.first_seconds:
-        worst = max(tally.first_seconds)
-        middle = statistics.median(tally.first_seconds)
-        print(f"first token after {middle:.2f} s, {worst:.2f} s at worst")
-    if memory:
-        warm = memory[int(_WARM_SHARE * len(memory)) :]
-        half = len(warm) // 2
-        before, after = statistics.median(warm[:half]), statistics.median(warm[half:])
-        print(f"memory of the server: {before:.0f} MiB, then {after:.0f} MiB")
-        if after > before * _GROWTH:
-            tally.problems.append("memory grows")
-    for problem in tally.problems[:20]:
-        print(f"problem: {problem}")
+    with ours(options.model or demo_model(), options.parallel, _CONTEXT) as server:
+        asyncio.run(load(server, options, tally))
+    tell(tally, options)
     raise SystemExit(1 if tally.problems else 0)
 
 
-async def load(options: argparse.Namespace, tally: Tally) -> list[float]:
+def tell(tally: Tally, options: argparse.Namespace) -> None:
+    print(f"clients: {options.clients}, for {options.seconds:.0f} seconds")
+    print(f"requests: {tally.done.total()}, of them {dict(tally.done)}")
+    print(f"tokens: {tally.tokens}, {tally.tokens / options.seconds:.1f} per second")
+    if tally.first_seconds:
+        middle, worst = statistics.median(tally.first_seconds), max(tally.first_seconds)
+        print(f"first token after {middle:.2f} s, {worst:.2f} s at worst")
+    warm = tally.memory[int(_WARM_SHARE * len(tally.memory)) :]
+    half = len(warm) // 2
+    before, after = statistics.median(warm[:half]), statistics.median(warm[half:])
+    print(f"memory of the server: {before:.0f} MiB, then {after:.0f} MiB")
+    if after > before * _GROWTH:
+        tally.problems.append("memory grows")
+    print(f"problems: {len(tally.problems)}")
+    for problem in tally.problems[:20]:
+        print(f"  {problem}")
+
+
+async def load(server: Server, options: argparse.Namespace, tally: Tally) -> None:
     end = time.monotonic() + options.seconds
     limits = httpx.Limits(max_connections=options.clients + 1)
-    async with httpx.AsyncClient(base_url=options.url, timeout=600, limits=limits) as http:
-        model = (await http.get("/v1/models")).json()["data"][0]["id"]
-        watch = asyncio.create_task(watch_memory(options.pid))
+    url = f"http://127.0.0.1:{server.port}"
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
+        watch = asyncio.create_task(watch_memory(server, tally))
         async with asyncio.TaskGroup() as group:
             for number in range(options.clients):
-                group.create_task(client(http, model, number, end, options.tokens, tally))
+                group.create_task(client(http, server.model, number, end, options.tokens, tally))
         watch.cancel()
         health = await http.get("/health")
         if health.json() != {"status": "ok"}:
             tally.problems.append(f"health: {health.text}")
         await settled(http, tally)
-        return MEMORY
 
 
-MEMORY: list[float] = []
-
-
-async def watch_memory(pid: int | None) -> None:
-    while pid is not None:
-        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-        line = next(line for line in status.splitlines() if line.startswith("RssAnon"))
-        MEMORY.append(int(line.split()[1]) * 1024 / _MIB)
+async def watch_memory(server: Server, tally: Tally) -> None:
+    while True:
+        tally.memory.append(server.memory_nbytes() / _MIB)
         await asyncio.sleep(1)
 
 
@@ -148,12 +152,12 @@ async def stream(
                 told = choice["logprobs"] or {"tokens": [], "text_offset": []}
                 for name, offset in zip(told["tokens"], told["text_offset"], strict=True):
                     assert offset == place, f"an event out of order: {offset} after {place}"
+                    if not tokens:
+                        tally.first_seconds.append(time.monotonic() - started)
                     place += len(name)
                     tokens += 1
             if tokens and leave:
                 return
-            if tokens == 1:
-                tally.first_seconds.append(time.monotonic() - started)
     assert last == "[DONE]", f"a stream without an end: {last}"
     assert usage is not None
     written = usage["completion_tokens"]

@@ -5,9 +5,12 @@ uses this.
 """
 
 import dataclasses
+import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -17,12 +20,13 @@ from typing import TYPE_CHECKING, Literal
 from ggufkit import settings
 from ggufkit.checkpoint.index import CheckpointIndex, open_checkpoint
 from ggufkit.checkpoint.tokenizer import check_tokenizer
+from ggufkit.errors import CheckpointError
 from ggufkit.evaluate import leaks, perplexity, texts
 from ggufkit.llamacpp.toolchain import NativeBuild
 from ggufkit.progress import Progress
 from ggufkit.quantize import stages
 from ggufkit.quantize.stages import PlannedTensor
-from ggufkit.quantize.types import space_forecast
+from ggufkit.quantize.types import is_float, space_forecast
 from ggufkit.scaling.families import Family, family_of
 from ggufkit.store import Store, canonical_json, require_space
 from ggufkit.values import (
@@ -30,9 +34,11 @@ from ggufkit.values import (
     AwqOptions,
     Calibration,
     Checkpoint,
+    EvalResult,
     FetchOptions,
     Json,
     QuantRecipe,
+    RoundingOptions,
     Text,
     to_json,
 )
@@ -40,13 +46,22 @@ from ggufkit.values import (
 if TYPE_CHECKING:
     import torch
 
+    from ggufkit.quantize.replace import Replaced, RoundedRows
     from ggufkit.scaling.calibration import Sequences
+    from ggufkit.scaling.fold import Change
 
 IMPORTANCE = "importance.safetensors"
 _FOLDED = "awq"
 """Directory of a folded checkpoint that holds its scales and how they were found."""
 _AWQ_VERSION = 4
 _IMATRIX_VERSION = 1
+_ROUND_VERSION = 1
+_REPLACE_VERSION = 1
+_REFINE_VERSION = 1
+_MORE_TO_REFINE = 4
+"""How many times the text that rounding sees is learned from afterwards."""
+ROUNDING_KEY = "ggufkit.rounding"
+"""The key of a GGUF that says how its blocks were rounded, if not by llama-quantize."""
 
 
 @dataclass
@@ -64,6 +79,8 @@ class Conversion:
         awq: how scales are found and kept.
         imatrix: the importance matrix to quantize with: a file, or ``auto`` for
             one of the calibration text.
+        rounding: how weights are rounded onto the grid of their type.
+        guard: whether files made in a simpler way will be looked at too.
     """
 
     store: Store
@@ -75,6 +92,8 @@ class Conversion:
     progress: Progress
     awq: AwqOptions = field(default_factory=AwqOptions)
     imatrix: Path | Literal["auto"] | None = None
+    rounding: RoundingOptions = field(default_factory=RoundingOptions)
+    guard: bool = False
     _intermediates: list[Artifact] = field(default_factory=list)
 
     @cached_property
@@ -130,6 +149,15 @@ class Conversion:
     @cached_property
     def sequences(self) -> "Sequences":
         """The calibration text as token ids, with pieces of it held back."""
+        cut = self._cut(self.calibration.samples)
+        if len(cut.tokens) < self.calibration.samples:
+            self.progress.warn(
+                f"{self.calibration_text.name} gives only {len(cut.tokens)} of the "
+                f"{self.calibration.samples} calibration sequences asked for"
+            )
+        return cut
+
+    def _cut(self, samples: int) -> "Sequences":
         from ggufkit.scaling.calibration import cut_sequences, read_documents
         from ggufkit.scaling.streaming import load_torch
 
@@ -141,16 +169,11 @@ class Conversion:
         cut = cut_sequences(
             documents,
             self.index,
-            samples=self.calibration.samples,
+            samples=samples,
             length=self.calibration.length,
             seed=self.calibration.seed,
             trust_remote_code=trust,
         )
-        if len(cut.tokens) < self.calibration.samples:
-            self.progress.warn(
-                f"{self.calibration_text.name} gives only {len(cut.tokens)} of the "
-                f"{self.calibration.samples} calibration sequences asked for"
-            )
         return dataclasses.replace(cut, facts={"kind": kind, **cut.facts})
 
     @cached_property
@@ -522,47 +545,295 @@ class Conversion:
 
     def quantize(self, type: str, scales: Artifact | None) -> Artifact:
         """The GGUF of one type; makes the intermediate if it is needed."""
-        imatrix = self.imatrix
-        if imatrix == "auto":
-            imatrix = self.imatrix_for(scales).file(".gguf")
-        calibrated = self._calibrated(scales, imatrix)
+        imatrix = self._imatrix_file(scales)
+        return stages.quantize(
+            self.store,
+            self.build,
+            model=self.checkpoint.name,
+            inputs=self._source_inputs(scales),
+            recipe=self._recipe(type, imatrix),
+            stem=self._stem(scales, imatrix),
+            origin=self.checkpoint.origin,
+            source=lambda: self._intermediate(scales),
+            imatrix=imatrix,
+            calibrated=to_json(self._calibrated(scales, imatrix)),
+            progress=self.progress,
+        )
+
+    def _imatrix_file(self, scales: Artifact | None) -> Path | None:
+        return self.imatrix_for(scales).file(".gguf") if self.imatrix == "auto" else self.imatrix
+
+    def _source_inputs(self, scales: Artifact | None) -> dict[str, Json]:
+        return {"checkpoint": self.checkpoint.digest, "scales": stages.scales_digest(scales)}
+
+    def _recipe(self, type: str, imatrix: Path | None) -> QuantRecipe:
+        return QuantRecipe(type, imatrix=self.store.digest(imatrix).sha256 if imatrix else "")
+
+    def _stem(self, scales: Artifact | None, imatrix: Path | None, rounding: str = "") -> str:
+        ways = ("-awq" if scales else "") + rounding + ("-imatrix" if imatrix else "")
+        return f"{self.checkpoint.name}{ways}"
+
+    def _intermediate(self, scales: Artifact | None) -> Path:
+        """The float GGUF, with scales folded in or not; it is deleted in the end."""
+        self.check_before_work(folded=scales is not None)
 
         def fold(directory: Path) -> None:
             assert scales is not None
             self.fold_into(stages.scales_file(scales), directory)
 
-        def source() -> Path:
-            self.check_before_work(folded=scales is not None)
-            made = stages.convert(
-                self.store,
-                self.build,
-                self.checkpoint,
-                self.index,
-                scales,
-                fold if scales else None,
-                self.progress,
-                outtype=(self.stored_dtype or "").lower() if scales else None,
-            )
-            self._intermediates.append(made)
-            return made.file(".gguf")
-
-        ways = ("-awq" if scales else "") + ("-imatrix" if imatrix else "")
-        return stages.quantize(
+        made = stages.convert(
             self.store,
             self.build,
+            self.checkpoint,
+            self.index,
+            scales,
+            fold if scales else None,
+            self.progress,
+            outtype=(self.stored_dtype or "").lower() if scales else None,
+        )
+        self._intermediates.append(made)
+        return made.file(".gguf")
+
+    def make(self, type: str, scales: Artifact | None) -> Artifact:
+        """The GGUF of one type, rounded as was asked for."""
+        if self.rounding.method == "gptq" and not is_float(type):
+            return self.quantize_rounded(type, scales)
+        return self.quantize(type, scales)
+
+    def require_known_blocks(self) -> None:
+        """Refuse to round a model whose blocks are not known.
+
+        Raises:
+            CheckpointError: if there is no row for its architecture.
+        """
+        try:
+            assert self.family
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"GPTQ needs to know the order of a model's blocks: {error.message}",
+                "Convert with --rounding ggml",
+            ) from error
+
+    def quantize_rounded(self, type: str, scales: Artifact | None) -> Artifact:
+        """The GGUF of one type as llama-quantize makes it, linear maps rounded otherwise."""
+        imatrix = self._imatrix_file(scales)
+        rounded = self._rounded_for(type, scales)
+        refined = self._refined(type, scales, rounded) if self.rounding.refine else rounded
+        blocks = {name: output.sha256 for name, output in refined.manifest.outputs.items()}
+        stem = self._stem(scales, imatrix, self.rounding.suffix)
+
+        def work(directory: Path) -> dict[str, Json]:
+            stock = self.quantize(type, scales)
+            if not (stock.reused or self.guard):
+                self._intermediates.append(stock)
+            out = directory / f"{stem}-{type}.gguf"
+            told = self._replace(type, scales, refined, stock, out)
+            looked_at = leaks.Calibrated(
+                "GPTQ", self.calibration_text.name, self.calibration_text.digest
+            )
+            calibrated = (*self._calibrated(scales, imatrix), looked_at)
+            keys = ("loss", "loss_plain", "loss_importance", "tensors", "seconds", "cpu_seconds")
+            facts = {**rounded.manifest.facts, "seconds": rounded.manifest.seconds}
+            return {
+                **stock.manifest.facts,
+                "nbytes": out.stat().st_size,
+                "calibrated": to_json(calibrated),
+                "rounding": {
+                    "label": self.rounding.label,
+                    **{key: facts[key] for key in keys if key in facts},
+                    **to_json(told),
+                    **({"refinement": _facts_and_time(refined)} if refined is not rounded else {}),
+                },
+            }
+
+        return self.store.run(
+            "quantize",
+            version=_REPLACE_VERSION,
             model=self.checkpoint.name,
             inputs={
-                "checkpoint": self.checkpoint.digest,
-                "scales": stages.scales_digest(scales),
+                **self._source_inputs(scales),
+                "rounded": hashlib.sha256(canonical_json(blocks).encode()).hexdigest(),
             },
-            recipe=QuantRecipe(type, imatrix=self.store.digest(imatrix).sha256 if imatrix else ""),
-            stem=f"{self.checkpoint.name}{ways}",
-            origin=self.checkpoint.origin,
-            source=source,
-            imatrix=imatrix,
-            calibrated=to_json(calibrated),
+            options={
+                "recipe": self._recipe(type, imatrix),
+                "stem": stem,
+                "rounding": self.rounding,
+                "calibration": self.calibration_text.name,
+                **self._calibration_options,
+            },
+            tool={"llama.cpp": self.build.commit},
+            work=work,
             progress=self.progress,
         )
+
+    def _rounded_for(self, type: str, scales: Artifact | None) -> Artifact:
+        """Blocks of the linear maps, rounded with error feedback."""
+        self.require_known_blocks()
+        told = self.plans_for([type], meanwhile=lambda: self.sequences)[type]
+        plan = {
+            name: planned.type
+            for name, planned in told.items()
+            if planned.type and not is_float(planned.type.upper())
+        }
+
+        def work(directory: Path) -> dict[str, Json]:
+            self.check_before_work(folded=scales is not None)
+            from ggufkit.llamacpp.ggml import Ggml
+            from ggufkit.scaling.memory import require_memory
+            from ggufkit.scaling.rounding import forecast, round_model
+
+            count, length = self.sequences.tokens.shape
+            needed = forecast(self.index, self.family, plan, sequences=count, length=length)
+            require_memory(needed, f"rounding {self.checkpoint.name}")
+            before = time.process_time()
+            facts = round_model(
+                self.index,
+                self.family,
+                self.sequences.tokens,
+                plan,
+                directory,
+                Ggml(self.build.bin, settings.threads()),
+                self.progress,
+                threads=settings.threads(),
+                changes=self._changes(scales),
+                trust_remote_code=self.fetch.trust_remote_code,
+            )
+            return {
+                "calibration": self.calibration_text.name,
+                **self._sequence_facts,
+                **facts,
+                "cpu_seconds": round(time.process_time() - before, 1),
+            }
+
+        return self.store.run(
+            "round",
+            version=_ROUND_VERSION,
+            model=self.checkpoint.name,
+            inputs={**self._calibration_inputs, "scales": stages.scales_digest(scales)},
+            options={
+                **self._calibration_options,
+                "plan": plan,
+                "stored": self.stored_dtype if scales else None,
+            },
+            tool=self._scaling_tool,
+            work=work,
+            resume=True,
+            progress=self.progress,
+        )
+
+    def _refined(self, type: str, scales: Artifact | None, rounded: Artifact) -> Artifact:
+        """The same blocks, with scales learned on the divergence from the original."""
+        plan = rounded.manifest.options["plan"]
+
+        def work(directory: Path) -> dict[str, Json]:
+            self.check_before_work(folded=False)
+            from ggufkit.llamacpp.ggml import Ggml
+            from ggufkit.scaling.memory import require_memory
+            from ggufkit.scaling.refine import forecast, refine_model
+
+            _, length = self.sequences.tokens.shape
+            needed = forecast(self.index, self.family, plan, length=length)
+            require_memory(needed, f"refining {self.checkpoint.name}")
+            before = time.process_time()
+            facts = refine_model(
+                self.index,
+                self.family,
+                self._sequences_to_refine,
+                self.sequences.held_back,
+                plan,
+                rounded.path,
+                directory,
+                Ggml(self.build.bin, settings.threads()),
+                self.progress,
+                changes=self._changes(scales),
+                trust_remote_code=self.fetch.trust_remote_code,
+            )
+            return {
+                "calibration": self.calibration_text.name,
+                "tokens": self._sequences_to_refine.numel(),
+                **facts,
+                "cpu_seconds": round(time.process_time() - before, 1),
+            }
+
+        return self.store.run(
+            "refine",
+            version=_REFINE_VERSION,
+            model=self.checkpoint.name,
+            inputs={
+                **self._calibration_inputs,
+                "scales": stages.scales_digest(scales),
+                "rounded": rounded.manifest.key,
+            },
+            options={**self._calibration_options, "stored": self.stored_dtype if scales else None},
+            tool=self._scaling_tool,
+            work=work,
+            resume=True,
+            progress=self.progress,
+        )
+
+    @cached_property
+    def _sequences_to_refine(self) -> "torch.Tensor":
+        """More of the calibration text than rounding sees, without what is held back."""
+        import torch
+
+        from ggufkit.scaling.refine import without
+
+        more = self._cut(_MORE_TO_REFINE * self.calibration.samples)
+        return without(torch.cat([more.tokens, more.held_back]), self.sequences.held_back)
+
+    def _changes(self, scales: Artifact | None) -> "dict[str, Change]":
+        """What the fold of scales does to each tensor."""
+        from ggufkit.scaling.fold import changes_of, read_scales
+
+        if scales is None:
+            return {}
+        found = read_scales(stages.scales_file(scales))
+        return changes_of(self.index, self.family, found, self.stored_dtype)
+
+    def _replace(
+        self, type: str, scales: Artifact | None, rounded: Artifact, stock: Artifact, out: Path
+    ) -> "Replaced":
+        from ggufkit.quantize.replace import replace_rounded
+
+        note = (
+            f"{self.rounding.label} by ggufkit on {self.calibration.samples} x "
+            f"{self.calibration.length} tokens of {Path(self.calibration_text.name).name} "
+            f"(sha256 {self.calibration_text.digest[:12]})"
+        )
+        told = replace_rounded(
+            stock.file(".gguf"),
+            self._intermediate(scales),
+            out,
+            self._rounded_rows(type, scales, rounded),
+            (ROUNDING_KEY, note),
+        )
+        kept = [tensor for tensor in told.left_alone if tensor.name.startswith("blk.")]
+        if kept:
+            reasons = Counter(tensor.reason for tensor in kept)
+            self.progress.warn(
+                f"{type}: {len(kept)} of {len(kept) + len(told.names)} quantized tensors of the "
+                f"blocks ({_share(sum(t.parameters for t in kept), told.parameters)} of their "
+                "weights) keep llama-quantize's rounding: "
+                + ", ".join(f"{count} ({reason})" for reason, count in reasons.items())
+                + f"; such as {kept[0].name}"
+            )
+        return told
+
+    def _rounded_rows(
+        self, type: str, scales: Artifact | None, rounded: Artifact
+    ) -> "Iterator[RoundedRows]":
+        from ggufkit.checkpoint.tensors import TensorReader
+        from ggufkit.quantize.replace import RoundedRows
+        from ggufkit.scaling.rounding import read_rounded
+
+        (plan,) = self.plans_for([type]).values()
+        changes = self._changes(scales)
+        with TensorReader(self.index) as reader:
+            for name, packed in read_rounded(rounded.path):
+                weight = reader.load(name)
+                weight = (changes[name](weight) if name in changes else weight).float()
+                rows = weight.T.contiguous() if self.family.transposed else weight
+                yield RoundedRows(plan[name].gguf_names, plan[name].type, rows.numpy(), packed)
 
     def _calibrated(
         self, scales: Artifact | None, imatrix: Path | None
@@ -576,38 +847,78 @@ class Conversion:
             found += leaks.records_of_imatrix(self.store, imatrix)
         return tuple(dict.fromkeys(found))
 
-    def guarded(self, type: str, scaled: Artifact) -> tuple[Artifact, str]:
-        """The better of a file with AWQ and the same without, on held-back text.
+    def guarded(self, type: str, made: Artifact, scales: Artifact | None) -> tuple[Artifact, str]:
+        """The best on held-back text of a file and the same made in simpler ways.
 
         Returns:
             The file's artifact, and in words why it was kept.
         """
-        plain = self.quantize(type, None)
-        text = self.held_back_text
-        with_awq, without = (
-            perplexity.measure(
-                self.store,
-                self.build,
-                artifact.file(".gguf"),
-                text,
-                context=self.calibration.length,
-                chunks=None,
-                gpu_layers=0,
-                progress=self.progress,
-            )
-            for artifact in (scaled, plain)
+        ways: dict[str, Artifact] = {}
+        if self.rounding.method == "gptq":
+            ways["AWQ and GPTQ" if scales else "GPTQ"] = made
+        if scales:
+            ways["AWQ"] = self.quantize(type, scales)
+        ways["plain"] = self.quantize(type, None)
+        measured = {way: self._measured(artifact) for way, artifact in ways.items()}
+        # Of equals the simplest, which comes last.
+        best = min(reversed(measured), key=lambda way: measured[way].perplexity)
+        figures = ", ".join(
+            f"{found.perplexity:.4f} " + ("without" if way == "plain" else f"with {way}")
+            for way, found in measured.items()
         )
-        better = with_awq.perplexity < without.perplexity
         told = (
-            f"{type} guard: {'AWQ' if better else 'plain'} kept; perplexity on "
-            f"{without.chunks} held-back chunks {with_awq.perplexity:.4f} with AWQ, "
-            f"{without.perplexity:.4f} without"
+            f"{type} guard: {best} kept; perplexity on {measured[best].chunks} held-back "
+            f"chunks {figures}"
         )
         self.progress.say(told)
-        return (scaled if better else plain), told
+        return ways[best], told
+
+    def _measured(self, artifact: Artifact) -> EvalResult:
+        return perplexity.measure(
+            self.store,
+            self.build,
+            artifact.file(".gguf"),
+            self.held_back_text,
+            context=self.calibration.length,
+            chunks=None,
+            gpu_layers=0,
+            progress=self.progress,
+        )
 
     def remove_intermediates(self) -> None:
-        """Delete the float GGUFs that this conversion used."""
+        """Delete the float GGUFs that this conversion used, and files that were only a step."""
         for artifact in {a.path: a for a in self._intermediates}.values():
             self.store.remove(artifact)
         self._intermediates.clear()
+
+
+def rounding_notes(artifact: Artifact) -> tuple[str, ...]:
+    """What rounding with error feedback did for a file, in words; nothing for others."""
+    told = artifact.manifest.facts.get("rounding")
+    if told is None:
+        return ()
+    left = sum(tensor["parameters"] for tensor in told["left_alone"])
+    count = len(told["names"])
+    losses = [told[key] for key in ("loss", "loss_plain", "loss_importance")]
+    note = (
+        f"{artifact.manifest.options['recipe']['type']} {told['label']}: {count} of "
+        f"{count + len(told['left_alone'])} quantized tensors "
+        f"({_share(told['parameters'], left)} of their weights)"
+    )
+    if losses[1] > 0 and losses[2] > 0:
+        note += (
+            f"; summed errors of their outputs {losses[0] / losses[1]:.2f} times those of plain "
+            f"rounding, {losses[0] / losses[2]:.2f} times those with an importance matrix"
+        )
+    if refinement := told.get("refinement"):
+        before, after = (refinement[f"divergence_{when}"] for when in ("before", "after"))
+        note += f"; divergence on held-back text {before:.5f} before learning, {after:.5f} after"
+    return (note,)
+
+
+def _facts_and_time(artifact: Artifact) -> dict[str, Json]:
+    return {**artifact.manifest.facts, "seconds": artifact.manifest.seconds}
+
+
+def _share(part: int, rest: int) -> str:
+    return f"{100 * part / (part + rest):.0f} %"

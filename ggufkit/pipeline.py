@@ -25,6 +25,7 @@ from ggufkit.values import (
     FetchOptions,
     QuantizeResult,
     QuantRecipe,
+    RoundingOptions,
     SpeedResult,
     TaskDifference,
     TaskResult,
@@ -40,11 +41,13 @@ if TYPE_CHECKING:
     from ggufkit.library import ModelEntry
     from ggufkit.llamacpp.batching import ContextOptions, ModelOptions
     from ggufkit.llamacpp.building import BuildReport
+    from ggufkit.llamacpp.rpc import Offer
     from ggufkit.ollama import Modelfile
     from ggufkit.quantize.inspect import Inspection
     from ggufkit.serve.api.options import ServeOptions
     from ggufkit.serve.batch import BatchOptions, BatchReport
     from ggufkit.serve.chat import Conversation, Style
+    from ggufkit.serve.drafting import DraftOptions
     from ggufkit.serve.hosting import Hosted
     from ggufkit.serve.model import Sampling
     from ggufkit.store import Store
@@ -59,6 +62,7 @@ def convert(
     awq: bool = False,
     awq_options: AwqOptions | None = None,
     imatrix: Path | Literal["auto"] | None = None,
+    rounding: RoundingOptions | None = None,
     guard: bool = False,
     out: Path | None = None,
     calibration: Calibration | None = None,
@@ -77,10 +81,11 @@ def convert(
         awq_options: how scales are found and kept.
         imatrix: quantize with an importance matrix: ``auto`` for one of the
             calibration text, which AWQ's own pass yields, or a file.
-        guard: make each file with AWQ without it as well, measure both on
-            calibration text that was held back, and keep the better.
+        rounding: how weights are rounded onto the grid of their type.
+        guard: make each file with AWQ or other rounding without it as well, measure
+            all on calibration text that was held back, and keep the best.
         out: also put the files into this directory.
-        calibration: what AWQ and the importance matrix look at.
+        calibration: what AWQ, rounding and the importance matrix look at.
         keep_intermediate: keep the float GGUF that the types are made from.
         models_dir: the models directory.
         fetch: how the model is found and fetched.
@@ -89,23 +94,31 @@ def convert(
     Returns:
         One result per type, in the order asked for.
     """
-    from ggufkit.conversion import Conversion
+    from ggufkit.conversion import Conversion, rounding_notes
     from ggufkit.llamacpp import toolchain
+    from ggufkit.llamacpp.packing import require_packable
     from ggufkit.quantize.types import is_float, parse_type
     from ggufkit.store import Store
 
     wanted = list(dict.fromkeys(parse_type(t) for t in types))
+    rounding = rounding or RoundingOptions()
+    gptq = rounding.method == "gptq"
+    for type in [t for t in wanted if gptq and not is_float(t)]:
+        require_packable(type)
     build = toolchain.find_build()
     store = Store(models_dir or settings.models_dir())
     fetch = fetch or FetchOptions()
     source = _resolve(model, store, fetch, progress)
-    if not awq and (guard or (awq_options or AwqOptions()) != AwqOptions()):
-        raise UsageError("--guard and the options of AWQ's search need AWQ", "Add --awq")
+    if not awq and (awq_options or AwqOptions()) != AwqOptions():
+        raise UsageError("the options of AWQ's search need AWQ", "Add --awq")
+    if guard and not (awq or gptq):
+        raise UsageError("--guard needs AWQ or GPTQ", "Add --awq or --rounding gptq")
     if isinstance(source, Path):
-        if awq or imatrix == "auto":
+        if awq or gptq or imatrix == "auto":
             raise UsageError(
-                f"{source.name} is a GGUF; AWQ and --imatrix auto work on a checkpoint",
-                "Give the checkpoint it was made from, or leave out --awq and --imatrix auto",
+                f"{source.name} is a GGUF; AWQ, GPTQ and --imatrix auto work on a checkpoint",
+                "Give the checkpoint it was made from, or leave out --awq, --rounding gptq and "
+                "--imatrix auto",
             )
         return quantize(
             source, types=wanted, out=out, imatrix=imatrix, models_dir=store.root, progress=progress
@@ -123,20 +136,26 @@ def convert(
         *(store, build, source, fetch, calibration or Calibration(), wanted, progress),
         awq=awq_options or AwqOptions(),
         imatrix=imatrix,
+        rounding=rounding,
+        guard=guard,
     )
     scales: dict[str, Artifact] = {}
+    for type in filter(is_float, wanted if awq or gptq else ()):
+        name = "AWQ" if awq else "GPTQ"
+        progress.say(f"{type} rounds to floats: {name} has nothing to win, converted plainly")
+    if gptq:
+        job.require_known_blocks()
     if awq:
-        for type in filter(is_float, wanted):
-            progress.say(f"{type} rounds to floats: AWQ has nothing to win, converted plainly")
         scales = job.scales_for([t for t in wanted if not is_float(t)])
     results = []
     try:
         for type in wanted:
-            made = job.quantize(type, scales.get(type))
+            made = job.make(type, scales.get(type))
             notes = source.notes
-            if guard and type in scales:
-                made, told = job.guarded(type, made)
+            if guard and not is_float(type):
+                made, told = job.guarded(type, made, scales.get(type))
                 notes = (*notes, told)
+            notes += rounding_notes(made)
             results.append(_result_of(made, _place(store, made, out), notes))
     finally:
         if not keep_intermediate:
@@ -743,6 +762,8 @@ def chat(
     context: "ContextOptions | None" = None,
     scales: Mapping[str, float] | None = None,
     chat_template: str | None = None,
+    mmproj: Path | None = None,
+    draft: "DraftOptions | None" = None,
     progress: Progress = SILENT,
 ) -> "Conversation":
     """Load a GGUF and begin a conversation with it; close it when done.
@@ -756,6 +777,8 @@ def chat(
         context: size and kind of the context, threads.
         scales: of LoRA adapters, by name; 1 where nothing is said.
         chat_template: a Jinja file, or the name of one of llama.cpp's own.
+        mmproj: GGUF of the projector that it sees images with.
+        draft: a small model that guesses ahead for it.
         progress: told warnings.
 
     Raises:
@@ -771,6 +794,8 @@ def chat(
         scales=scales,
         chat_template=chat_template,
         template_needed=not (style and style.completion),
+        mmproj=mmproj,
+        draft=draft,
         progress=progress,
     )
     return Conversation(loaded, system=system, sampling=sampling, style=style)
@@ -850,6 +875,53 @@ def serve(
             f"to serve, the package '{error.name}' is needed", "pip install 'ggufkit[serve]'"
         ) from error
     serve_until_end(models, options, progress=progress, on_start=on_start)
+
+
+def rpc(
+    host: str = "127.0.0.1",
+    port: int = 50052,
+    *,
+    threads: int | None = None,
+    cache: bool = False,
+    on_start: "Callable[[Offer], None]" = lambda offer: None,
+    on_client: Callable[[bool], None] = lambda came: None,
+    progress: Progress = SILENT,
+) -> None:
+    """Lend this machine to models that run elsewhere, until interrupted.
+
+    Args:
+        host: address to listen on, or its name; IPv4.
+        port: to listen on.
+        threads: where the CPU computes; None for the setting's.
+        cache: keep large tensors on disk, so that they are sent only once.
+        on_start: called from another thread with what is offered.
+        on_client: called with True when a client comes, with False when it goes.
+        progress: warned if others can reach it.
+
+    Raises:
+        UsageError: if the address cannot be listened on.
+        ToolError: if the native build has no server, or it ends by itself.
+    """
+    from ggufkit.llamacpp import rpc as servers
+    from ggufkit.llamacpp import toolchain
+
+    address = servers.address(host)
+    build = toolchain.find_build()
+    if not servers.is_loopback(address):
+        progress.warn(
+            "llama.cpp's RPC knows no passwords and trusts its clients: whoever reaches "
+            f"{host}:{port} can use this machine, and may break into it; let only a network "
+            "reach it that you trust"
+        )
+    servers.serve(
+        build,
+        host=address,
+        port=port,
+        threads=threads or settings.threads(),
+        cache=cache,
+        on_start=on_start,
+        on_client=on_client,
+    )
 
 
 def modelfile(

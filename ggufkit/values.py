@@ -162,6 +162,7 @@ class QuantizeResult:
         type: quantization type asked for, such as ``Q4_K_M``.
         awq: whether AWQ scales were folded in.
         imatrix: whether it was quantized with an importance matrix.
+        rounding: ``ggml`` for llama-quantize's own, ``GPTQ`` or ``refined GPTQ``.
         bits_per_weight_asked: what the type promises when every tensor can have it.
         bits_per_weight: what the file has, over all its tensors.
         fallbacks: type that tensors fell back to, and how many did.
@@ -184,11 +185,13 @@ class QuantizeResult:
     seconds: float
     reused: bool
     notes: tuple[str, ...] = ()
+    rounding: str = "ggml"
 
     @property
     def label(self) -> str:
         """Type and ways in words, such as ``Q4_0 with AWQ and imatrix``."""
-        ways = [way for way, used in (("AWQ", self.awq), ("imatrix", self.imatrix)) if used]
+        told = (("AWQ", self.awq), (self.rounding, True), ("imatrix", self.imatrix))
+        ways = [way for way, used in told if used and way != "ggml"]
         return f"{self.type} with {' and '.join(ways)}" if ways else self.type
 
 
@@ -635,6 +638,38 @@ class AwqOptions:
     sensitivity: bool = False
     clip: bool = False
     scales: Path | None = None
+
+
+@dataclass(frozen=True)
+class RoundingOptions:
+    """How weights are rounded onto the grid of their type.
+
+    Attributes:
+        method: ``ggml`` as llama-quantize does it, or ``gptq`` with error feedback.
+        refine: then learn block scales on the divergence from the original model.
+    """
+
+    method: str = "ggml"
+    refine: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be done.
+
+        Raises:
+            UsageError: if there would be nothing to refine.
+        """
+        if self.refine and self.method == "ggml":
+            raise UsageError("--refine goes on where GPTQ ends", "Add --rounding gptq")
+
+    @property
+    def label(self) -> str:
+        """In words."""
+        return f"refined {self.method.upper()}" if self.refine else self.method.upper()
+
+    @property
+    def suffix(self) -> str:
+        """What a file's name says of it."""
+        return "" if self.method == "ggml" else f"-{self.method}" + "-refined" * self.refine
 
 
 FLASH_ATTENTION = ("auto", "on", "off")

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ggufkit.errors import UsageError
 from ggufkit.llamacpp.template import Message
 from ggufkit.serve.model import Sampling, Statistics
 
@@ -17,6 +18,7 @@ class FakeModel:
         self.asked: list[list[Message]] = []
         self.completed: list[str] = []
         self.sampling: list[Sampling] = []
+        self.sees = False
         self.stopped = False
         self.closed = False
         self.statistics = Statistics(context=100)
@@ -46,6 +48,11 @@ class FakeModel:
         except (KeyboardInterrupt, GeneratorExit):
             self.statistics.stopped = "interrupted"
             raise
+
+    def look(self, path: Path) -> tuple[int, int]:
+        if not self.sees:
+            raise UsageError("it cannot see")
+        return (4, 3)
 
     def stop(self) -> None:
         self.stopped = True

@@ -59,6 +59,27 @@ def tiny_gguf(native: NativeBuild, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="session")
+def seeing(native: NativeBuild, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny model that sees images, and its projector (F32)."""
+    from tests.factory import make_seeing_checkpoint
+
+    place = tmp_path_factory.mktemp("seeing")
+    checkpoint = make_seeing_checkpoint(place / "seeing", intermediate=128)
+    model, mmproj = place / "seeing.gguf", place / "mmproj-seeing.gguf"
+    for out in (model, mmproj):
+        toolchain.convert_checkpoint(
+            native,
+            checkpoint,
+            out,
+            outtype="f32",
+            name="seeing",
+            mmproj=out is mmproj,
+            log=place / "log",
+        )
+    return model, mmproj
+
+
+@pytest.fixture(scope="session")
 def tiny_types(native: NativeBuild, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One such Llama as F32, Q8_0 and Q4_0."""
     from ggufkit import pipeline

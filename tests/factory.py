@@ -33,6 +33,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CONTROL = ("<|im_start|>", "<|im_end|>")
+IMAGE_CONTROL = ("\n\n", "<fake_token_around_image>", "<global-img>")
+"""What Idefics 3 wants around an image."""
 REMOTE_CODE = Path(__file__).parent / "remote_code"
 """Models that transformers does not have; their checkpoints bring the code along."""
 
@@ -339,6 +341,86 @@ def make_checkpoint(
     (directory / "LICENSE").write_text("Do with these random numbers what you like.\n")
     _write_weights(directory, _tensors(directory, row, seed), getattr(torch, dtype), shards)
     return directory
+
+
+def make_seeing_checkpoint(
+    directory: Path,
+    *,
+    hidden: int = 64,
+    vocab: int = 384,
+    size: int = 32,
+    patch: int = 8,
+    seed: int = 0,
+    **text: Any,
+) -> Path:
+    """Write a checkpoint that reads images too, as SmolVLM's: Idefics 3 over a Llama.
+
+    Args:
+        directory: where to; made if missing.
+        hidden: width of both its parts.
+        vocab: size of the vocabulary.
+        size: of an image in pixels, on each side.
+        patch: of the squares that it is cut into.
+        seed: of the weights.
+        text: as for :func:`make_checkpoint`.
+
+    Returns:
+        ``directory``.
+    """
+    make_checkpoint(directory, "llama", hidden=hidden, vocab=vocab, seed=seed, **text)
+    _write_tokenizer(directory, vocab, control=IMAGE_CONTROL)
+    config = json.loads((directory / "config.json").read_text())
+    vision = {
+        "model_type": "idefics3_vision",
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": size,
+        "patch_size": patch,
+        "num_channels": 3,
+        "hidden_act": "gelu_pytorch_tanh",
+    }
+    config = config | {
+        "architectures": ["Idefics3ForConditionalGeneration"],
+        "model_type": "idefics3",
+        "text_config": config,
+        "vision_config": vision,
+        "scale_factor": 2,
+    }
+    _write_json(directory / "config.json", config)
+    pixels = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"longest_edge": size}}
+    _write_json(directory / "preprocessor_config.json", pixels)
+    generator = torch.Generator().manual_seed(seed + 1)
+    tensors = {
+        name.replace("model.", "model.text_model.", 1): tensor
+        for name, tensor in load_file(directory / "model.safetensors").items()
+    }
+    for name, shape in _vision_shapes(vision).items():
+        tensors[name] = _values(name, torch.Size(shape), 0.0, generator)
+    _write_weights(directory, tensors, torch.float32, 1)
+    return directory
+
+
+def _vision_shapes(vision: Config) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the part that sees."""
+    width, inner = vision["hidden_size"], vision["intermediate_size"]
+    patch, patches = vision["patch_size"], (vision["image_size"] // vision["patch_size"]) ** 2
+    maps = {
+        "layer_norm1": (width,),
+        "layer_norm2": (width,),
+        **{f"self_attn.{part}_proj": (width, width) for part in ("q", "k", "v", "out")},
+        "mlp.fc1": (inner, width),
+        "mlp.fc2": (width, inner),
+    }
+    named = {f"encoder.layers.0.{name}": shape for name, shape in maps.items()}
+    named |= {"embeddings.patch_embedding": (width, 3, patch, patch), "post_layernorm": (width,)}
+    shapes = {f"{name}.weight": shape for name, shape in named.items()}
+    shapes |= {f"{name}.bias": shape[:1] for name, shape in named.items()}
+    shapes["embeddings.position_embedding.weight"] = (patches, width)
+    shapes = {f"model.vision_model.{name}": shape for name, shape in shapes.items()}
+    shapes["model.connector.modality_projection.proj.weight"] = (width, 4 * width)
+    return shapes
 
 
 def _bring_code(directory: Path, row: Architecture) -> Config:

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ggufkit.cli.running import context_options, model_options, sampling_options
+from ggufkit.cli.running import (
+    context_options,
+    draft_options,
+    model_options,
+    sampling_options,
+)
 from ggufkit.cli.session import Session, json_option, pass_session
 from ggufkit.cli.terminal import harmless, stopping_at_ctrl_c
 from ggufkit.errors import GgufkitError, UsageError
@@ -21,6 +26,9 @@ if TYPE_CHECKING:
     from ggufkit.serve.chat import Conversation
     from ggufkit.serve.dialogue import Writer
     from ggufkit.serve.model import Statistics
+
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command("chat")
@@ -43,8 +51,17 @@ if TYPE_CHECKING:
     metavar="FILE|NAME",
     help="Jinja file, or a template that llama.cpp knows, instead of the model's own.",
 )
+@click.option("--mmproj", type=_FILE, help="Projector (GGUF) that the model sees images with.")
+@click.option(
+    "--image",
+    "images",
+    type=_FILE,
+    multiple=True,
+    help="Image that the first message shows; needs --mmproj.",
+)
 @sampling_options
 @model_options
+@draft_options
 @context_options
 @click.option("--color/--no-color", default=None, help="[default: if it is a terminal]")
 @click.option(
@@ -86,6 +103,9 @@ class _Wishes:
     in_prefix: str
     in_suffix: str
     chat_template: str | None
+    mmproj: Path | None
+    images: tuple[Path, ...]
+    draft: Any
     sampling: Any
     options: Any
     scales: Any
@@ -103,6 +123,8 @@ def _chat(session: Session, path: Path, wishes: _Wishes) -> None:
         # Models write emoji, whatever the terminal's alphabet.
         sys.stdout.reconfigure(errors="replace")
     with _open(session, path, wishes, ask=terminal) as conversation:
+        for image in wishes.images:
+            conversation.show(image)
         if terminal:
             _at_terminal(session, conversation, wishes)
         else:
@@ -124,6 +146,8 @@ def _open(session: Session, path: Path, wishes: _Wishes, *, ask: bool) -> "Conve
             context=wishes.context_options,
             scales=wishes.scales,
             chat_template=wishes.chat_template,
+            mmproj=wishes.mmproj,
+            draft=wishes.draft,
             progress=session.progress,
         )
 

@@ -4,9 +4,15 @@ from pathlib import Path
 
 import click
 
-from ggufkit.cli.options import awq_options, calibration_options, fetch_options, out_option
+from ggufkit.cli.options import (
+    awq_options,
+    calibration_options,
+    fetch_options,
+    out_option,
+    rounding_options,
+)
 from ggufkit.cli.session import Session, json_option, pass_session
-from ggufkit.values import AwqOptions, Calibration, FetchOptions
+from ggufkit.values import AwqOptions, Calibration, FetchOptions, RoundingOptions
 
 
 @click.command("convert")
@@ -27,6 +33,7 @@ from ggufkit.values import AwqOptions, Calibration, FetchOptions
     metavar="auto|FILE",
     help="Quantize with an importance matrix: auto makes one of the calibration text.",
 )
+@rounding_options
 @click.option(
     "--guard", is_flag=True, help="Keep plain files where they are better on held-back text."
 )
@@ -43,6 +50,7 @@ def command(
     awq: bool,
     awq_options: AwqOptions,
     imatrix: str | None,
+    rounding: RoundingOptions,
     guard: bool,
     calibration: Calibration,
     keep_intermediate: bool,
@@ -64,6 +72,7 @@ def command(
         awq=awq,
         awq_options=awq_options,
         imatrix="auto" if imatrix == "auto" else Path(imatrix) if imatrix else None,
+        rounding=rounding,
         guard=guard,
         out=out,
         calibration=calibration,

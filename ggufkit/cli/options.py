@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import click
 
-from ggufkit.values import AwqOptions, Calibration, FetchOptions
+from ggufkit.values import AwqOptions, Calibration, FetchOptions, RoundingOptions
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -72,7 +72,7 @@ def calibration_options(command: _Command) -> _Command:
             metavar="TEXT",
             default=default.text,
             show_default=True,
-            help="Text that AWQ and --imatrix auto look at: a name or a file, chats included.",
+            help="Text that AWQ, GPTQ and --imatrix auto look at: a name or a file.",
         ),
         click.option(
             "--calibration-samples",
@@ -137,6 +137,32 @@ def awq_options(command: _Command) -> _Command:
             type=click.Choice(["keep", "f16", "f32"]),
             help="How changed tensors are stored. With keep and 16 bits scales are powers of "
             "two, which lose nothing.  [default: keep; f16 for converting 16 bits]",
+        ),
+    )
+
+
+def rounding_options(command: _Command) -> _Command:
+    """Options that say how weights are rounded; the command gets ``rounding``."""
+    default = RoundingOptions()
+
+    def wrapped(*args: Any, **given: Any) -> Any:
+        rounding = RoundingOptions(given.pop("rounding"), given.pop("refine"))
+        return command(*args, rounding=rounding, **given)
+
+    return decorate(
+        wrapped,
+        command,
+        click.option(
+            "--rounding",
+            type=click.Choice(["ggml", "gptq"]),
+            default=default.method,
+            show_default=True,
+            help="Round as llama-quantize does, or with error feedback on the calibration text.",
+        ),
+        click.option(
+            "--refine",
+            is_flag=True,
+            help="After GPTQ, learn block scales on the divergence from the original (slow).",
         ),
     )
 

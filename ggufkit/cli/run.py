@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ggufkit.cli.running import context_options, model_options, sampling_options
+from ggufkit.cli.running import context_options, draft_options, model_options, sampling_options
 from ggufkit.cli.session import Session, json_option, pass_session
+from ggufkit.cli.terminal import guesses_text
 from ggufkit.errors import GgufkitError, UsageError
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 )
 @sampling_options
 @model_options
+@draft_options
 @context_options
 @json_option
 @pass_session
@@ -70,6 +72,7 @@ def command(session: Session, /, **given: Any) -> None:
         scales=given["scales"],
         chat_template=given["chat_template"],
         parallel=given["parallel"],
+        draft=given["draft"],
     )
     report = pipeline.run(
         pipeline.find_model(given["model"], session.models_dir),
@@ -105,4 +108,5 @@ def _told(report: "BatchReport") -> str:
     return (
         f"{report.answered} answers{reused}, {report.generated_tokens} tokens in "
         f"{report.seconds:.1f} s, {report.tokens_per_second:.1f} tokens/s"
+        f"{guesses_text(report)}"
     )

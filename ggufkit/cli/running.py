@@ -52,6 +52,20 @@ class _Adapter(click.ParamType[tuple[Path, float]]):
         return Path(text), 1.0
 
 
+class _Shares(click.ParamType[tuple[float, ...]]):
+    name = "shares"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"'{value}' is not numbers with commas between them", param, ctx)
+
+
 def sampling_options(command: _Command) -> _Command:
     """How answers are chosen; the command gets ``sampling``."""
 
@@ -153,6 +167,7 @@ def model_options(command: _Command) -> _Command:
         options = ModelOptions(
             gpu_layers=given.pop("gpu_layers"),
             adapters={str(path): path for path, _ in adapters},
+            split=given.pop("tensor_split"),
             rpc=_endpoints(given.pop("rpc")),
         )
         scales = {str(path): scale for path, scale in adapters}
@@ -165,9 +180,15 @@ def model_options(command: _Command) -> _Command:
             *("-ngl", "--gpu-layers"),
             type=Layers(),
             metavar="N|all|auto",
-            default=0,
-            show_default=True,
-            help="Layers to put on the GPU; auto for as many as fit.",
+            help="Layers to put on the GPU, or with --rpc on servers; auto for as many as fit.  "
+            "[default: 0; all with --rpc]",
+        ),
+        click.option(
+            *("-ts", "--tensor-split"),
+            type=_Shares(),
+            default=(),
+            metavar="N,...",
+            help="How much of them each server and GPU gets.  [default: by free memory]",
         ),
         click.option(
             "--lora",
@@ -179,7 +200,36 @@ def model_options(command: _Command) -> _Command:
         click.option(
             "--rpc",
             metavar="HOST:PORT,...",
-            help="Spread layers over llama.cpp's RPC servers, if the build has RPC.",
+            help="Put layers on other machines, where `ggufkit rpc` runs.",
+        ),
+    )
+
+
+def draft_options(command: _Command) -> _Command:
+    """A small model that guesses ahead; the command gets ``draft``."""
+
+    def wrapped(*args: Any, **given: Any) -> Any:
+        path, count = given.pop("draft"), given.pop("draft_max")
+        if path is None:
+            return command(*args, draft=None, **given)
+        from ggufkit.serve.drafting import DraftOptions
+
+        options = DraftOptions(path) if count is None else DraftOptions(path, count)
+        return command(*args, draft=options, **given)
+
+    return decorate(
+        wrapped,
+        command,
+        click.option(
+            *("-md", "--draft"),
+            type=_FILE,
+            metavar="GGUF",
+            help="Small model of the same vocabulary that guesses ahead, for speed.",
+        ),
+        click.option(
+            "--draft-max",
+            type=click.IntRange(1, 16),
+            help="Tokens that it guesses ahead at most.  [default: 4]",
         ),
     )
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ggufkit.cli.running import context_options, model_options
+from ggufkit.cli.running import context_options, draft_options, model_options
 from ggufkit.cli.session import Session, pass_session
 from ggufkit.errors import UsageError
 
@@ -103,12 +103,14 @@ _MIB = 1 << 20
     show_default=True,
     help="For answers to finish when the server is told to end.",
 )
+@click.option("--ui", is_flag=True, help="Also a page to chat in the browser.")
 @click.option(
     "--chat-template",
     metavar="FILE|NAME",
     help="Jinja file, or a template that llama.cpp knows, instead of the models' own.",
 )
 @model_options
+@draft_options
 @context_options
 @pass_session
 def command(session: Session, /, **given: Any) -> None:
@@ -126,6 +128,8 @@ def command(session: Session, /, **given: Any) -> None:
     def tell(address: str, first: "Hosted") -> None:
         say = session.progress.say
         say(f"serving at {address}/v1")
+        if given["ui"]:
+            say(f"page: {address}")
         say(f"models: {', '.join(models)}")
         together = f"room for {first.engine.metrics().cells} tokens together"
         users = f"{first.engine.parallel} users at once"
@@ -144,6 +148,7 @@ def _options(given: dict[str, Any]) -> "ServeOptions":
         port=given["port"],
         keys=given["keys"],
         origins=given["origins"],
+        ui=given["ui"],
         memory_nbytes=None if given["memory"] is None else int(given["memory"] * _GIB),
         limits=Limits(
             body_nbytes=int(given["max_body"] * _MIB),
@@ -159,6 +164,7 @@ def _options(given: dict[str, Any]) -> "ServeOptions":
             chat_template=given["chat_template"],
             parallel=given["parallel"],
             queue=given["max_queue"],
+            draft=given["draft"],
         ),
     )
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.status import Status
 
     from ggufkit.cli.markdown import StreamedMarkdown
+    from ggufkit.serve.batch import BatchReport
     from ggufkit.serve.chat import Model
     from ggufkit.serve.model import Statistics
 
@@ -176,8 +177,15 @@ def summary(told: "Statistics") -> str:
     """An answer in numbers."""
     return (
         f"{told.generated_tokens} tokens, {told.tokens_per_second:.1f} tokens/s, "
-        f"context {told.context_used} of {told.context}"
+        f"context {told.context_used} of {told.context}{guesses_text(told)}"
     )
+
+
+def guesses_text(told: "Statistics | BatchReport") -> str:
+    """How many guesses of a draft model were right; nothing without guesses."""
+    if not told.guessed_tokens:
+        return ""
+    return f", {100 * told.right_tokens / told.guessed_tokens:.0f} % of guesses right"
 
 
 class TerminalReader:
@@ -240,7 +248,7 @@ class TerminalReader:
         share = 100 * told.context_used / told.context
         parts = [f"context {told.context_used} of {told.context} ({share:.0f} %)"]
         if told.tokens_per_second:
-            parts.append(f"{told.tokens_per_second:.1f} tokens/s")
+            parts.append(f"{told.tokens_per_second:.1f} tokens/s{guesses_text(told)}")
         parts += [self._model.path.stem, "Alt-Enter: new line", "/help"]
         width = self._session.output.get_size().columns
         line = parts[0]
@@ -297,7 +305,7 @@ def _completer() -> "Completer":
             if not space:
                 found = (c for c in COMMANDS if typed.startswith("/") and c.startswith(typed))
                 yield from (Completion(c, start_position=-len(typed)) for c in found)
-            elif name in ("/load", "/save"):
+            elif name in ("/image", "/load", "/save"):
                 yield from paths.get_completions(Document(rest), complete_event)
 
     return Commands()

@@ -13,6 +13,7 @@ import enum
 import math
 import os
 from array import array
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,8 @@ from ggufkit.errors import ToolError, UsageError
 from ggufkit.llamacpp import devices, toolchain
 from ggufkit.llamacpp.blocks import TYPE_NUMBERS
 from ggufkit.llamacpp.gguf import read_gguf
+from ggufkit.llamacpp.images import Projector, Seen
+from ggufkit.llamacpp.lanes import Lanes
 from ggufkit.llamacpp.metadata import Metadata, split_parts
 from ggufkit.llamacpp.runtime import (
     ALL_LAYERS,
@@ -49,6 +52,9 @@ _EMBEDDING_CONTEXT = 2048
 _ABORTED = 2
 _FULL = 1
 
+_connected: Counter[str] = Counter()
+"""RPC servers that models of this process have layers on, and how many models."""
+
 Adapters = tuple[tuple[str, float], ...]
 """LoRA adapters to apply, by name, with the scale of each; in order of names."""
 
@@ -58,15 +64,19 @@ class ModelOptions:
     """How a model is loaded.
 
     Attributes:
-        gpu_layers: layers on a GPU; ``all``, or ``auto`` for as many as fit
-            into its free memory.
+        gpu_layers: layers on GPUs and RPC servers; ``all``, or ``auto`` for as
+            many as fit into their free memory; None for all if there are RPC
+            servers, else for none.
+        split: how much of them each device gets, RPC servers first; empty for
+            shares by free memory.
         adapters: LoRA adapters (GGUF) by name; each request says which it wants.
         rpc: ``HOST:PORT`` of llama.cpp's RPC servers to spread layers over.
         mmap: whether weights are mapped from the file instead of read.
         mlock: whether weights are kept from being swapped out.
     """
 
-    gpu_layers: int | Literal["all", "auto"] = 0
+    gpu_layers: int | Literal["all", "auto"] | None = None
+    split: tuple[float, ...] = ()
     adapters: Mapping[str, Path] = field(default_factory=dict)
     rpc: tuple[str, ...] = ()
     mmap: bool = True
@@ -80,7 +90,8 @@ class ContextOptions:
     Attributes:
         context: tokens of one sequence at most; None for the trained length, at
             most :data:`~ggufkit.llamacpp.runtime.DEFAULT_CONTEXT`.
-        cells: tokens that all sequences together may hold; None for ``context``.
+        cells: tokens that all sequences together may hold; None for ``context``,
+            or that for each lane.
         sequences: how many sequences there may be, running or remembered.
         batch: tokens that are computed at once at most.
         threads: for single tokens; None for the setting's.
@@ -88,10 +99,12 @@ class ContextOptions:
         flash_attention: ``auto`` lets llama.cpp decide.
         key_type: how keys are stored, one of :data:`CACHE_TYPES`.
         value_type: how values are stored; other than floats needs flash attention.
-        unified: one pool of cells for all sequences, in which a shared beginning
-            is stored once. Otherwise each has ``context`` cells of its own: more
-            memory, and for a small model on a CPU a little more speed, because
-            attention need not step over the cells of others.
+        lanes: sequences that are computed at once at most, each with ``context``
+            cells of its own; others lie aside meanwhile. None for one pool of
+            cells for all, in which a shared beginning is stored once: less memory,
+            and slower the more it holds. Models whose sequences cannot be copied
+            whole (recurrent ones, sliding windows) have one pool in any case.
+        outputs: places of one sequence in a batch that something may be sampled at.
     """
 
     context: int | None = None
@@ -103,7 +116,8 @@ class ContextOptions:
     flash_attention: Literal["auto", "on", "off"] = "auto"
     key_type: str = "f16"
     value_type: str = "f16"
-    unified: bool = True
+    lanes: int | None = None
+    outputs: int = 1
 
     def __post_init__(self) -> None:
         for name in ("key_type", "value_type"):
@@ -116,7 +130,7 @@ class ContextOptions:
             raise UsageError(
                 f"{self.sequences} sequences are asked for; llama.cpp can do 1 to {MAX_SEQUENCES}"
             )
-        for name in ("context", "cells", "batch", "threads", "batch_threads"):
+        for name in ("context", "cells", "batch", "threads", "batch_threads", "lanes", "outputs"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}, and must be at least 1")
@@ -170,8 +184,14 @@ class Model:
         self._progress = progress
         self.pointer: Any = None
         self._adapters: dict[str, Any] = {}
-        devices.add_rpc_servers(self.build, options.rpc)
-        self.gpu_layers = self._gpu_layers(options.gpu_layers)
+        devices.add_rpc_servers(self.build, options.rpc, _connected)
+        self._places = devices.places_for_layers(self.build, options.rpc)
+        wanted = options.gpu_layers
+        if wanted is None:
+            wanted = "all" if options.rpc else 0
+        self.gpu_layers = self._gpu_layers(wanted)
+        self._servers = Counter(options.rpc)
+        _connected.update(self._servers)
         try:
             self._load(options)
             self.vocabulary = Vocabulary(self.library, self.pointer)
@@ -199,8 +219,18 @@ class Model:
             lib.llama_model_is_recurrent(self.pointer) or lib.llama_model_is_hybrid(self.pointer)
         )
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether layers lie on a GPU of this machine."""
+        return self.gpu_layers != 0 and any(place.kind != "rpc" for place in self._places)
+
+    @property
+    def remembers_all(self) -> bool:
+        """Whether a copy of a sequence holds all of it; sliding windows leave out a part."""
+        return int(self.library.llama_model_n_swa(self.pointer)) == 0
+
     def _gpu_layers(self, wanted: int | Literal["all", "auto"]) -> int:
-        if not self.library.llama_supports_gpu_offload():
+        if not self._places:
             if wanted not in (0, "auto"):
                 self._progress.warn(no_gpu_message(self.build.backend))
             return 0
@@ -208,16 +238,16 @@ class Model:
             return ALL_LAYERS
         if wanted != "auto":
             return wanted
-        gpus = [d for d in devices.devices(self.build) if d.kind in ("gpu", "igpu")]
         count = self.metadata.of_architecture("block_count")
         layers = count if isinstance(count, int) else 0
         fit = devices.fitting_layers(
-            sum(d.free_nbytes for d in gpus),
+            sum(place.free_nbytes for place in self._places),
             model_nbytes=sum(p.stat().st_size for p in split_parts(self.metadata.gguf)),
             layers=layers,
             cache_nbytes=DEFAULT_CONTEXT * cache_nbytes_per_token(self.metadata),
         )
-        self._progress.say(f"{fit} of {layers + 1} layers fit on the GPU")
+        names = ", ".join(place.name for place in self._places)
+        self._progress.say(f"{fit} of {layers + 1} layers fit on {names}")
         return fit
 
     def _load(self, options: ModelOptions) -> None:
@@ -226,11 +256,28 @@ class Model:
         params = lib.llama_model_default_params()
         params.n_gpu_layers = self.gpu_layers
         params.load_mode = _load_mode(lib, options)
+        if devices.knows_servers(self.build):
+            # llama.cpp would take all of them, also those of another model.
+            handles = [place.handle for place in self._places]
+            listed = (ctypes.c_void_p * (len(handles) + 1))(*handles, None)
+            params.devices = ctypes.addressof(listed)
+        if options.split:
+            params.tensor_split = self._shares(options.split)
         self.pointer = lib.llama_model_load_from_file(os.fsencode(self.path), params)
         if not self.pointer:
             raise ToolError(f"llama.cpp cannot load {self.path}: {drain_errors()}")
         if not lib.llama_model_has_decoder(self.pointer) and not self._embeds_only():
             raise ToolError(f"{self.path.name} is not a model that writes text")
+
+    def _shares(self, split: tuple[float, ...]) -> Any:
+        if len(split) > len(self._places):
+            raise UsageError(
+                f"layers are split {len(split)} ways, and there are {len(self._places)} devices",
+                f"Those are: {', '.join(place.name for place in self._places) or 'none'}",
+            )
+        if not (all(math.isfinite(n) and n >= 0 for n in split) and sum(split) > 0):
+            raise UsageError("shares of layers must be numbers from 0 on, not all 0")
+        return (ctypes.c_float * int(self.library.llama_max_devices()))(*split)
 
     def _embeds_only(self) -> bool:
         return bool(self.library.llama_model_has_encoder(self.pointer))
@@ -256,6 +303,10 @@ class Model:
         pointer, self.pointer = self.pointer, None
         if pointer:
             self.library.llama_model_free(pointer)
+        _connected.subtract(self._servers)
+        self._servers.clear()
+        for endpoint in [e for e, models in _connected.items() if not models]:
+            del _connected[endpoint]
 
 
 def _load_mode(library: Any, options: ModelOptions) -> int:
@@ -275,11 +326,13 @@ class BatchContext:
     Args:
         model: the model; close the context first.
         options: room and speed.
+        projector: what it sees with; close it after the context.
 
     Attributes:
         context: tokens of one sequence at most.
         cells: tokens of all sequences together at most.
         sequences: number of sequences; they are named 0, 1, ...
+        at_once: how many of them may be in one batch.
         batch: tokens of one batch at most.
         can_trim: whether :meth:`forget` can take back the end of a sequence.
         can_share: whether :meth:`copy` can let sequences share a beginning.
@@ -289,46 +342,54 @@ class BatchContext:
         ToolError: if there is no room for it.
     """
 
-    def __init__(self, model: Model, options: ContextOptions | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        options: ContextOptions | None = None,
+        projector: Projector | None = None,
+    ) -> None:
         options = options or ContextOptions()
         self.model = model
         self.vocabulary = model.vocabulary
         self.can_trim = model.forgets_parts
         self.can_share = self.can_trim
-        self._unified = options.unified
         self._library = lib = model.library
+        lanes = options.lanes if self.can_share and model.remembers_all else None
+        self.at_once = min(lanes or options.sequences, options.sequences)
         self._stop = ctypes.create_string_buffer(2)
         self._adapters: Adapters = ()
         self._embedder: _Embedder | None = None
         self.context = options.context or min(
             model.trained_context or DEFAULT_CONTEXT, DEFAULT_CONTEXT
         )
-        params = self._params(options)
+        params = self._params(options, self.at_once if lanes else 0)
         self._pointer = _open(model, params)
         self.sequences = options.sequences
         self.cells = int(lib.llama_n_ctx(self._pointer))
         self.context = min(self.context, int(lib.llama_n_ctx_seq(self._pointer)))
         self.batch = int(lib.llama_n_batch(self._pointer))
         self._threads = int(params.n_threads_batch)
+        self._elsewhere = model.gpu_layers != 0
+        self._projector = projector
         self._memory = lib.llama_get_memory(self._pointer)
         self._logits = Logits(lib, self._pointer, self.vocabulary)
+        self._lanes = Lanes(lib, self._pointer, self.at_once, self.cells) if lanes else None
         self._forget = holding(lib, "llama_memory_seq_rm")
         self._copy = holding(lib, "llama_memory_seq_cp")
         self._arrays()
 
-    def _params(self, options: ContextOptions) -> Any:
+    def _params(self, options: ContextOptions, lanes: int) -> Any:
         params = self._library.llama_context_default_params()
-        share = 1 if options.unified else options.sequences
-        params.n_ctx = max(options.cells or self.context * share, self.context * share)
+        params.n_ctx = self.context * lanes if lanes else max(self.context, options.cells or 0)
         params.n_batch = params.n_ubatch = min(options.batch, params.n_ctx)
-        params.n_seq_max = options.sequences
-        params.n_outputs_max = min(params.n_batch, options.sequences)
+        params.n_seq_max = lanes or options.sequences
+        params.n_outputs_max = min(params.n_batch, options.sequences * options.outputs)
         params.n_threads = options.threads or settings.threads()
         params.n_threads_batch = options.batch_threads or params.n_threads
         params.flash_attn_type = _FLASH_ATTENTION[options.flash_attention]
         params.type_k = TYPE_NUMBERS[options.key_type.upper()]
         params.type_v = TYPE_NUMBERS[options.value_type.upper()]
-        params.kv_unified = options.unified
+        params.kv_unified = not lanes
         # Otherwise what a sliding window has passed is lost, and no prefix can be reused.
         params.swa_full = True
         params.no_perf = True
@@ -369,6 +430,12 @@ class BatchContext:
     def clear(self) -> None:
         """Begin an empty batch."""
         self._size = 0
+        if self._lanes is not None:
+            self._lanes.begin()
+
+    def rank(self, sequence: int) -> int:
+        """Where a sequence lies: single tokens are computed fastest in this order."""
+        return sequence if self._lanes is None else self._lanes.rank(sequence)
 
     def add(self, sequence: int, position: int, tokens: Sequence[int], *, output: bool) -> int:
         """Put the next tokens of a sequence into the batch.
@@ -386,6 +453,8 @@ class BatchContext:
         end = start + count
         if end > self.batch:
             raise ValueError(f"{count} tokens do not fit into a batch that has {start}")
+        if self._lanes is not None:
+            sequence = self._lanes.place(sequence)
         if count == 1:
             self._tokens[start] = tokens[0]
             self._positions[start] = position
@@ -406,9 +475,38 @@ class BatchContext:
         Raises:
             ToolError: if llama.cpp fails; what sequences hold is then unknown.
         """
+        if self._lanes is not None and self._lanes.full:
+            return Decoded.FULL
         self._batch.n_tokens = self._size
-        status = self._library.llama_decode(self._pointer, self._batch)
+        return self._outcome(self._library.llama_decode(self._pointer, self._batch))
+
+    def see(self, sequence: int, position: int, image: Seen) -> Decoded:
+        """Compute a part of an image as the next positions of a sequence, by itself.
+
+        Raises:
+            ToolError: if llama.cpp fails, or there is no projector.
+        """
+        if self._projector is None:
+            raise ToolError("the model has no projector for images")
+        self.clear()
+        place = sequence
+        if self._lanes is not None:
+            place = self._lanes.place(sequence)
+            if self._lanes.full:
+                return Decoded.FULL
+        status = self._projector.compute(
+            self._pointer, image, sequence=place, start=position, batch=self.batch
+        )
+        if status == _FULL:
+            self.forget(sequence, position)  # a part of it may have found room
+        return self._outcome(status)
+
+    def _outcome(self, status: int) -> Decoded:
         if status == 0:
+            if self._elsewhere:
+                # GPUs and servers are not done yet. Whoever looks at the outputs
+                # would wait for them, and hold Python's lock meanwhile.
+                self._library.llama_synchronize(self._pointer)
             return Decoded.DONE
         if status == _FULL:
             return Decoded.FULL
@@ -432,22 +530,25 @@ class BatchContext:
 
     def forget(self, sequence: int, start: int = 0) -> bool:
         """Take back the tokens of a sequence from a position on; False if it cannot."""
+        if self._lanes is not None:
+            return self._lanes.forget(sequence, start)
         return bool(self._forget(self._memory, sequence, start, -1))
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Let an empty sequence begin with another's first tokens.
 
-        In a unified pool they share the cells; otherwise the cells are copied.
+        In one pool they share the cells; otherwise the cells are copied.
         """
-        if self._unified:
-            self._copy(self._memory, source, target, 0, count)
+        if self._lanes is not None:
+            self._lanes.copy(source, target, count)
             return
-        # Between pools of their own, only the whole can be copied.
-        self._copy(self._memory, source, target, -1, -1)
-        self._forget(self._memory, target, count, -1)
+        self._copy(self._memory, source, target, 0, count)
 
     def forget_all(self) -> None:
         """Empty all sequences."""
+        if self._lanes is not None:
+            self._lanes.forget_all()
+            return
         self._library.llama_memory_clear(self._memory, False)
 
     # What belongs to one answer.

@@ -541,7 +541,7 @@ def _install_binding(made: NativeBuild, progress: Progress) -> str:
         return ""
     if binding_version() == pin.version:
         return pin.version
-    wheel = _binding_wheel(pin, progress)
+    wheel = binding_wheel(pin, progress)
     log = log_file("binding")
     ran = toolchain.pip(
         ["install", "--no-deps", "--no-index", "--force-reinstall", "--no-input", wheel], log=log
@@ -551,7 +551,7 @@ def _install_binding(made: NativeBuild, progress: Progress) -> str:
     return pin.version
 
 
-def _binding_wheel(pin: Pin, progress: Progress) -> Path:
+def binding_wheel(pin: Pin, progress: Progress = SILENT) -> Path:
     """A wheel of the binding without libraries, made once and kept."""
     place = settings.cache_dir() / "wheels" / f"{pin.version}-{pin.sha256[:_KEY_LENGTH]}"
     if wheels := list(place.glob("*.whl")):

@@ -3,12 +3,13 @@
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 
 from ggufkit.errors import UsageError
 from ggufkit.llamacpp.metadata import Metadata
-from ggufkit.llamacpp.template import Message, render
+from ggufkit.llamacpp.template import Message, TemplateError, render
 
 
 class NoTemplateError(UsageError):
@@ -40,7 +41,32 @@ class ChatTemplate:
         """
         if self.library is not None:
             return _render_builtin(self.library, self.text, messages)
+        if self._wants_parts:
+            messages = [{**m, "content": _as_parts(m["content"])} for m in messages]
         return render(self.text, messages, bos=self.bos, eos=self.eos)
+
+    @cached_property
+    def _wants_parts(self) -> bool:
+        """Whether content must be a list of parts; templates of models that see want that.
+
+        Found out by trying, because such a template leaves plain text out in silence.
+        """
+
+        def renders(content: object) -> bool:
+            said = [{"role": "user", "content": content}]
+            try:
+                return _PROBE in render(self.text, said, bos=self.bos, eos=self.eos)
+            except TemplateError:
+                return False
+
+        return not renders(_PROBE) and renders(_as_parts(_PROBE))
+
+
+_PROBE = "What-is-seen?"
+
+
+def _as_parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
 
 
 def find_template(metadata: Metadata, library: ModuleType, given: str | None) -> ChatTemplate:

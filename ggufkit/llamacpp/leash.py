@@ -1,7 +1,7 @@
 """Runs one program so that nothing of it outlives the process that asked for it.
 
-Run as a script: ``python -I -S leash.py LIFELINE REPORT PROGRAM [ARGUMENT]...``,
-as the leader of a process group of its own.
+Run as a script: ``python -I -S leash.py LIFELINE REPORT SIGNALS PROGRAM
+[ARGUMENT]...``, as the leader of a process group of its own.
 
 LIFELINE is the reading end of a pipe that the asker holds open. When it closes,
 the asker is gone (even by ``kill -9``) or wants the end, and the whole group is
@@ -12,6 +12,9 @@ REPORT is the writing end of a pipe; it gets one line of JSON with the exit
 status and the peak resident memory. They are measured here and not by the
 asker because the kernel counts a big asker's own memory into the peak of what
 it starts directly; this process is small.
+
+SIGNALS are numbers of signals, with commas between them, that the program is to
+take as a shell would let it; others that Python ignores, it ignores too.
 """
 
 import json
@@ -32,14 +35,12 @@ def _end_with(lifeline: int) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def main(lifeline: int, report: int, argv: list[str]) -> int:
+def main(lifeline: int, report: int, signals: list[int], argv: list[str]) -> int:
     """Run ``argv``; returns its exit status, negative for a signal."""
     os.set_inheritable(lifeline, False)
     os.set_inheritable(report, False)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    child = os.posix_spawn(
-        argv[0], argv, os.environ, setsigdef=[signal.SIGTERM, signal.SIGINT, signal.SIGPIPE]
-    )
+    child = os.posix_spawn(argv[0], argv, os.environ, setsigdef=signals)
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
     _, status, usage = os.wait4(child, 0)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -50,4 +51,4 @@ def main(lifeline: int, report: int, argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
+    main(int(sys.argv[1]), int(sys.argv[2]), [*map(int, sys.argv[3].split(","))], sys.argv[4:])

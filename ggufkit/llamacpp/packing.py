@@ -9,6 +9,7 @@ of ggml-quants.c; every product of the formula is exact in float32, so the float
 are ggml's own, bit for bit, whatever its compiler made of it.
 """
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -351,6 +352,23 @@ def format_of(type: str) -> Format:
             f"blocks of type '{type}' cannot be packed", f"Known: {', '.join(FORMATS)}"
         )
     return found
+
+
+def require_packable(type: str) -> None:
+    """Refuse a quantization type, such as ``Q4_K_M``, whose blocks cannot be packed.
+
+    The types of a mixture are looked at one by one when they are known.
+
+    Raises:
+        UsageError: names those that can.
+    """
+    name = type.upper()
+    if name in FORMATS or re.sub(r"_[SML]$", "", name) in FORMATS:
+        return
+    raise UsageError(
+        f"blocks of type '{type}' cannot be packed",
+        f"Known: {', '.join(FORMATS)}, and mixtures of them such as Q4_K_M",
+    )
 
 
 def _even(bits: int, zero: int = 0) -> tuple[int, ...]:

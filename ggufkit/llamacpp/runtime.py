@@ -33,6 +33,8 @@ _GIB = 1 << 30
 _ERROR_LEVEL = 4
 """``GGML_LOG_LEVEL_ERROR`` of ggml.h; the binding's own table is an older one."""
 _BUILD_HINT = "Run: ggufkit build"
+_LIBMTMD = ("libmtmd.so", "libmtmd.dylib", "mtmd.dll", "libmtmd.dll")
+_LIBGGML = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll")
 
 _errors: deque[str] = deque(maxlen=8)
 _kept: list[Any] = []
@@ -81,9 +83,41 @@ def load_llama_cpp(build: NativeBuild | None = None) -> ModuleType:
         _kept.append(callback)
         library.llama_log_set(callback, ctypes.c_void_p(0))
         library.llama_backend_init()
+        _explain_aborts(build)
     assert llama_cpp.__version__ == version
     module: ModuleType = library
     return module
+
+
+def load_mtmd(build: NativeBuild | None = None) -> ModuleType:
+    """Import the binding's part for images on the native build's libmtmd.
+
+    Raises:
+        ToolError: if the build has none, or as :func:`load_llama_cpp`.
+    """
+    build = build or toolchain.find_build()
+    require_mtmd(build)
+    library = load_llama_cpp(build)
+    os.environ["MTMD_CPP_LIB"] = str(build.bin)
+    from llama_cpp import mtmd_cpp
+
+    module: ModuleType = mtmd_cpp
+    module.mtmd_helper_log_set(_kept[0], ctypes.c_void_p(0))
+    assert library is module.llama_cpp
+    return module
+
+
+def require_mtmd(build: NativeBuild) -> None:
+    """See that a build has llama.cpp's library for images.
+
+    Raises:
+        ToolError: if it has none.
+    """
+    if not any((build.bin / name).exists() for name in _LIBMTMD):
+        raise ToolError(
+            "this build of llama.cpp has no library for images (libmtmd)",
+            "Run: ggufkit build --force",
+        )
 
 
 def _log(level: int, text: bytes, _: Any) -> None:
@@ -92,16 +126,50 @@ def _log(level: int, text: bytes, _: Any) -> None:
         _errors.append(text.decode("utf-8", "replace").strip())
 
 
+def _explain_aborts(build: NativeBuild) -> None:
+    """Say why, where llama.cpp ends the process; it would start a debugger instead."""
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+    callback = kind(_abort)
+    _kept.append(callback)
+    path = next(p for name in _LIBGGML if (p := build.bin / name).exists())
+    setter = ctypes.CDLL(str(path)).ggml_set_abort_callback
+    setter.restype, setter.argtypes = ctypes.c_void_p, [kind]
+    setter(callback)
+
+
+def _abort(message: bytes) -> None:
+    """Called on any thread, and when it returns, the process is ended."""
+    told = message.decode("utf-8", "replace")
+    if "ggml-rpc" not in told:
+        os.write(2, f"llama.cpp gave up: {told}\n".encode())
+        return
+    # No bug, and nothing can go on: the layers that lay there are gone.
+    os.write(2, f"\nerror: {_LOST_SERVER}\nhint: {_LOST_SERVER_HINT}\n".encode())
+    _restore_terminal()
+    os._exit(1)
+
+
+_LOST_SERVER = "an RPC server went away, or answered nonsense; its layers of the model are lost"
+_LOST_SERVER_HINT = "Look at the machines named by --rpc, start ggufkit rpc there, and begin again"
+
+
+def _restore_terminal() -> None:
+    """Let keys be echoed and the cursor be seen again; nobody else will now."""
+    if os.name != "posix" or not os.isatty(0):
+        return
+    import termios
+
+    state = termios.tcgetattr(0)
+    state[3] |= termios.ECHO | termios.ICANON
+    termios.tcsetattr(0, termios.TCSANOW, state)
+    os.write(2, b"\x1b[?25h")
+
+
 def drain_errors() -> str:
     """What llama.cpp told as errors since it was last asked."""
     told = "; ".join(dict.fromkeys(_errors))
     _errors.clear()
     return told
-
-
-def supports_gpu_offload(build: NativeBuild | None = None) -> bool:
-    """Whether the native build can put layers on a GPU that is here."""
-    return bool(load_llama_cpp(build).llama_supports_gpu_offload())
 
 
 def schema_grammar(schema: object, build: NativeBuild | None = None) -> str:

@@ -16,8 +16,8 @@ from ggufkit.errors import GgufkitError
 if TYPE_CHECKING:
     from jinja2 import Environment, Template
 
-Message = Mapping[str, str]
-"""``role`` (system, user or assistant) and ``content``."""
+Message = Mapping[str, Any]
+"""``role`` (system, user or assistant), ``content``, and perhaps ``images``: paths."""
 
 
 class TemplateError(GgufkitError):

@@ -39,6 +39,7 @@ TOOLS = (
     "llama-bench",
     "llama-gguf-split",
     "llama-export-lora",
+    "ggml-rpc-server",
 )
 _LIBLLAMA = ("libllama.so", "libllama.dylib", "llama.dll")
 _TAIL_LINES = 40
@@ -235,6 +236,7 @@ def run(
     env: Mapping[str, str | None] | None = None,
     on_text: Callable[[str], None] | None = None,
     stderr_only: bool = False,
+    serves: bool = False,
     log: Path | None = None,
 ) -> ToolRun:
     """Run a program to its end, without a shell.
@@ -249,6 +251,8 @@ def run(
         env: additions to the environment; None as a value removes a name.
         on_text: gets stdout and stderr, merged, in pieces as they come.
         stderr_only: leave stdout out of that, and put it into the log alone.
+        serves: whether it has clients, and must not be ended by one that goes away
+            while it is being answered.
         log: a file that gets the command line and all output.
 
     Raises:
@@ -265,7 +269,9 @@ def run(
         lifeline_end, lifeline = _pipe(stack)
         report, report_end = _pipe(stack)
         ends = (lifeline_end.fileno(), report_end.fileno())
-        leashed = [sys.executable, "-I", "-S", leash.__file__, *map(str, ends), program]
+        taken = [signal.SIGTERM, signal.SIGINT, *([] if serves else [signal.SIGPIPE])]
+        signals = ",".join(str(int(number)) for number in taken)
+        leashed = [sys.executable, "-I", "-S", leash.__file__, *map(str, ends), signals, program]
         process = subprocess.Popen(
             [*leashed, *spelled[1:]],
             cwd=cwd,
@@ -566,6 +572,7 @@ def convert_checkpoint(
     outtype: str,
     name: str,
     vocab_only: bool = False,
+    mmproj: bool = False,
     log: Path,
     progress: Progress = SILENT,
 ) -> ToolRun:
@@ -579,6 +586,7 @@ def convert_checkpoint(
         name: the model's name in the metadata; given because the converter
             would make one up from the directory's name.
         vocab_only: write metadata and vocabulary but no tensors.
+        mmproj: write the part that sees images instead of the one that writes.
         log: gets what it prints.
         progress: told how much is written.
 
@@ -589,8 +597,10 @@ def convert_checkpoint(
         *(sys.executable, build.scripts / "convert_hf_to_gguf.py", checkpoint.absolute()),
         *("--outfile", out.absolute(), "--outtype", outtype, "--model-name", name),
         *(["--vocab-only"] if vocab_only else []),
+        *(["--mmproj"] if mmproj else []),
     ]
     title = f"reading the vocabulary of {name}" if vocab_only else f"converting {name}"
+    title += " (projector)" if mmproj else ""
     with progress.task(title, 100, "percent") as task:
         watch = output.Percentages(lambda percent: task.update(percent))
         try:

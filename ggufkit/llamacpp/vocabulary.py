@@ -1,15 +1,23 @@
 """The vocabulary of a loaded model: from text to tokens, and from tokens to bytes."""
 
 import ctypes
+import threading
+from collections.abc import Callable
 from functools import cached_property
 from types import ModuleType
 from typing import Any
 
-from ggufkit.errors import ToolError
+from ggufkit.errors import ToolError, UsageError
 
 _PIECE_NBYTES = 256
 _MARGIN = 8
 """Tokens that a tokenizer may add to a text: special ones, a leading space."""
+_LONGEST = 4 << 20
+"""Characters of a text; no context takes more."""
+_SHORT = 1000
+_STACK_NBYTES = 1024
+"""For each character; GCC's library takes 324 of them."""
+_one_stack_size = threading.Lock()
 
 
 class Vocabulary:
@@ -44,28 +52,37 @@ class Vocabulary:
         """The token that begins a text; -1 if there is none."""
         return int(self._library.llama_vocab_bos(self.pointer))
 
-    def tokenize(self, text: str, *, special: bool = True) -> list[int]:
+    @cached_property
+    def longest_piece(self) -> int:
+        """Bytes of the longest token. A text has at least its bytes by this many tokens."""
+        return max(len(self.piece(token, special=True)) for token in range(self.size))
+
+    def tokenize(self, text: str, *, special: bool = True, begins: bool = True) -> list[int]:
         """Tokens of a prompt; the BOS token comes first if the model wants it.
 
         Args:
             text: the prompt.
             special: whether spelled-out special tokens become tokens.
+            begins: whether nothing comes before it; else there is no BOS token.
 
         Raises:
+            UsageError: if it is longer than any prompt can be.
             ToolError: if llama.cpp cannot tokenize it.
         """
         lib = self._library
+        if len(text) > _LONGEST:
+            raise UsageError(f"the text has more than {_LONGEST} characters")
         spelled = text.encode()
         room = len(spelled) + _MARGIN
         tokens = (lib.llama_token * room)()
-        count = lib.llama_tokenize(
-            self.pointer, spelled, len(spelled), tokens, room, False, special
-        )
+        asked = (self.pointer, spelled, len(spelled), tokens, room, False, special)
+        count = _on_a_deep_stack(lambda: int(lib.llama_tokenize(*asked)), len(text))
         if count < 0:
             raise ToolError(f"llama.cpp cannot tokenize a text of {len(spelled)} bytes")
         found = list(tokens[:count])
         # Most templates write the BOS token themselves; two of them confuse a model.
-        if lib.llama_vocab_get_add_bos(self.pointer) and found[:1] != [self.bos]:
+        wants_bos = begins and lib.llama_vocab_get_add_bos(self.pointer)
+        if wants_bos and found[:1] != [self.bos]:
             found.insert(0, self.bos)
         return found
 
@@ -92,3 +109,26 @@ class Vocabulary:
             if length >= 0:
                 return buffer.raw[:length]
             size = -length
+
+
+def _on_a_deep_stack(tokenize: Callable[[], int], length: int) -> int:
+    """Tokenize a text of so many characters.
+
+    Many vocabularies split text by ``std::regex``, which calls itself once for
+    each character of a word: a word of 10,000 would end the process on a common
+    stack. What is not used of a stack takes no memory.
+    """
+    if length <= _SHORT:
+        return tokenize()
+    found = list[int]()
+    thread = threading.Thread(target=lambda: found.append(tokenize()), name="ggufkit-tokenize")
+    with _one_stack_size:
+        before = threading.stack_size((length * _STACK_NBYTES + (1 << 20)) & -(1 << 16))
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise ToolError(f"no memory to tokenize {length} characters") from error
+        finally:
+            threading.stack_size(before)
+    thread.join()
+    return found[0]

@@ -43,7 +43,7 @@ class Inspection:
         rope_base: base frequency of the rotary embedding, if it has one.
         license: ``general.license``, if it has one.
         split: number of files that the model is split into.
-        provenance: ``general.*`` and ``quantize.*`` keys that say where it came from.
+        provenance: keys of ``general``, ``quantize`` and ``ggufkit`` that say where it came from.
         manifest: how ggufkit made it, if it did.
         tensors: all tensors.
     """
@@ -111,7 +111,7 @@ def inspect(path: Path, manifest: RunManifest | None = None) -> Inspection:
         provenance={
             key: value
             for key, value in keys.items()
-            if key.startswith(("general.", "quantize.")) and not isinstance(value, list)
+            if key.startswith(("general.", "quantize.", "ggufkit.")) and not isinstance(value, list)
         },
         manifest=manifest,
         tensors=header.tensors,

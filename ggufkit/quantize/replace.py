@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from ggufkit.errors import CheckpointError
 from ggufkit.llamacpp.gguf import read_gguf, write_replaced
-from ggufkit.values import TensorInfo
+from ggufkit.quantize.types import FLOAT_TYPES
+from ggufkit.values import GGUFFile, TensorInfo
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     Bytes = npt.NDArray[np.uint8]
     Rows = npt.NDArray[np.int64]
 
+NOT_TRIED = "no linear map of a block"
+
 
 @dataclass(frozen=True)
 class RoundedRows:
@@ -29,8 +32,8 @@ class RoundedRows:
 
     Attributes:
         gguf_names: the tensors of the GGUF that it became.
-        type: the ggml type it was rounded to, in capitals.
-        weight: the map as the float GGUF has it, float32, shape (rows, columns).
+        type: the ggml type it was rounded to, in any case.
+        weight: the map as it went to the converter, float32, shape (rows, columns).
         packed: its blocks, uint8, shape (rows, bytes of a row).
     """
 
@@ -40,14 +43,42 @@ class RoundedRows:
     packed: "Bytes"
 
 
+@dataclass(frozen=True)
+class LeftAlone:
+    """A quantized tensor that keeps what llama-quantize wrote, and why."""
+
+    name: str
+    type: str
+    parameters: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """What became of the quantized tensors of a GGUF.
+
+    Attributes:
+        names: of those with new data.
+        parameters: how many weights these have.
+        left_alone: all the others.
+    """
+
+    names: tuple[str, ...]
+    parameters: int
+    left_alone: tuple[LeftAlone, ...]
+
+
 def replace_rounded(
     quantized: Path,
     intermediate: Path,
     out: Path,
     rounded: Iterable[RoundedRows],
     note: tuple[str, str],
-) -> list[str]:
+) -> Replaced:
     """Write a copy of a quantized GGUF with rounded maps in it.
+
+    A tensor whose type in the file is not the one that its map was rounded to, or
+    that the converter made of other rows than the map's, is left alone.
 
     Args:
         quantized: as llama-quantize wrote it.
@@ -56,54 +87,95 @@ def replace_rounded(
         rounded: the maps, taken one after the other.
         note: a key for the metadata, and its value.
 
-    Returns:
-        Names of the tensors that were replaced. Those whose type in the file is not
-        the one they were rounded to are left alone.
-
     Raises:
-        CheckpointError: if the files do not belong to the maps; names the tensor.
+        CheckpointError: if the files do not belong together, or have nothing of the maps.
     """
-    types = {tensor.name: tensor.type for tensor in read_gguf(quantized, arrays=False).tensors}
+    header = read_gguf(quantized, arrays=False)
+    types = {tensor.name: tensor.type for tensor in header.tensors}
     floats = {tensor.name: tensor for tensor in read_gguf(intermediate, arrays=False).tensors}
     replaced: list[str] = []
+    reasons: dict[str, str] = {}
 
     def data() -> "Iterator[tuple[str, Bytes]]":
         for map in rounded:
             for name in map.gguf_names:
-                if name not in types or name not in floats:
+                if name not in types:
+                    continue  # the converter made something else of the map, told below
+                if name not in floats:
                     raise CheckpointError(
-                        f"{quantized.name} has no tensor '{name}'",
-                        "It was not made of this checkpoint",
+                        f"{intermediate.name} has no tensor '{name}'",
+                        f"{quantized.name} was not made of it",
                     )
-                if types[name] != map.type:
+                if types[name] != map.type.upper():
+                    reasons[name] = f"was rounded to {map.type.upper()}"
                     continue
-                order = row_order(name, _read_floats(intermediate, floats[name]), map.weight)
+                order = row_order(_read_floats(intermediate, floats[name]), map.weight)
+                if order is None:
+                    reasons[name] = "the converter changes its rows"
+                    continue
                 replaced.append(name)
                 yield name, map.packed[order]
 
     write_replaced(quantized, out, data(), note)
-    return replaced
+    if not replaced:
+        out.unlink()
+        told = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
+        raise CheckpointError(
+            f"{quantized.name} has nothing of the maps that were rounded"
+            + (f" ({told})" if told else ""),
+            "It was made of another checkpoint",
+        )
+    return _told(header, set(replaced), reasons)
 
 
-def row_order(name: str, stored: "Floats", weight: "Floats") -> "Rows":
-    """Which row of a map each row of a tensor is, by their bits.
+def _told(header: GGUFFile, replaced: set[str], reasons: dict[str, str]) -> Replaced:
+    quantized = [tensor for tensor in header.tensors if tensor.type not in FLOAT_TYPES]
+    return Replaced(
+        tuple(tensor.name for tensor in quantized if tensor.name in replaced),
+        sum(tensor.parameters for tensor in quantized if tensor.name in replaced),
+        tuple(
+            LeftAlone(t.name, t.type, t.parameters, reasons.get(t.name, NOT_TRIED))
+            for t in quantized
+            if t.name not in replaced
+        ),
+    )
 
-    Raises:
-        CheckpointError: if a row is not there; names the tensor.
-    """
+
+def row_order(stored: "_Stored", weight: "Floats") -> "Rows | None":
+    """Which row of a map each row of a tensor is, by their bits; None if one is not there."""
     import numpy as np
 
-    places = {row.tobytes(): number for number, row in enumerate(weight)}
+    kept = stored.rounded(weight)
+    places = {row.tobytes(): number for number, row in enumerate(kept)}
     try:
-        return np.array([places[row.tobytes()] for row in stored], np.int64)
+        return np.array([places[row.tobytes()] for row in stored.rows], np.int64)
     except KeyError:
-        raise CheckpointError(
-            f"the rows of '{name}' are not those of the checkpoint",
-            "The GGUF was made of another model, or the converter changes this tensor",
-        ) from None
+        return None
 
 
-def _read_floats(path: Path, tensor: TensorInfo) -> "Floats":
+@dataclass(frozen=True)
+class _Stored:
+    """A float tensor's elements as they lie in the file, shape (rows, columns)."""
+
+    type: str
+    rows: "npt.NDArray[np.generic]"
+
+    def rounded(self, weight: "Floats") -> "npt.NDArray[np.generic]":
+        """Some floats as the file would keep them."""
+        import numpy as np
+
+        if self.type == "F32":
+            return np.ascontiguousarray(weight, "<f4")
+        if self.type == "F16":
+            with np.errstate(over="ignore"):
+                return weight.astype("<f2")
+        # To nearest, ties to even; NaN does not get here.
+        bits = np.ascontiguousarray(weight, "<f4").view("<u4")
+        rounded: npt.NDArray[np.generic] = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return rounded.astype("<u2")
+
+
+def _read_floats(path: Path, tensor: TensorInfo) -> _Stored:
     import numpy as np
 
     dtype = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}.get(tensor.type)
@@ -112,6 +184,4 @@ def _read_floats(path: Path, tensor: TensorInfo) -> "Floats":
     with path.open("rb") as file:
         file.seek(tensor.offset)
         raw = np.frombuffer(file.read(tensor.nbytes), dtype)
-    if tensor.type == "BF16":
-        raw = (raw.astype(np.uint32) << 16).view(np.float32)
-    return raw.astype(np.float32, copy=False).reshape(-1, tensor.shape[0])
+    return _Stored(tensor.type, raw.reshape(-1, tensor.shape[0]))

@@ -392,6 +392,7 @@ def result_of(artifact: Artifact, path: Path, notes: tuple[str, ...] = ()) -> Qu
         type=recipe["type"],
         awq=bool(artifact.manifest.inputs.get("scales")),
         imatrix=bool(recipe["imatrix"]),
+        rounding=facts["rounding"]["label"] if "rounding" in facts else "ggml",
         bits_per_weight_asked=facts["bits_per_weight_asked"],
         bits_per_weight=facts["bits_per_weight"],
         fallbacks=facts["fallbacks"],

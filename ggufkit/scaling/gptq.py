@@ -95,7 +95,10 @@ def round_matrix(
     target = weight if target is None else target.contiguous()
     plain = ggml.quantize(kind, weight.numpy())
     best = _Best(ggml, type, target, moment, plain)
-    if reason := _degenerate(moment):
+    reason = _degenerate(moment)
+    if not bool(best.values.isfinite().all() & target.isfinite().all()):
+        reason = f"its weights do not fit into {format.name}"
+    if reason:
         nothing = float("nan")
         return Rounded(plain, best.values, nothing, nothing, nothing, len(weight), reason)
     loss_plain = best.loss

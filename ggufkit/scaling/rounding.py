@@ -28,10 +28,18 @@ from ggufkit.llamacpp.ggml import Ggml
 from ggufkit.llamacpp.packing import format_of
 from ggufkit.progress import Progress
 from ggufkit.scaling.families import Family
+from ggufkit.scaling.fold import Change
 from ggufkit.scaling.gptq import Rounded, round_matrix
 from ggufkit.scaling.groups import block_count
 from ggufkit.scaling.statistics import is_linear
-from ggufkit.scaling.streaming import LoadedBlock, StreamedModel, steps, streamed_model
+from ggufkit.scaling.streaming import (
+    HIDDEN_NBYTES_IN_MEMORY,
+    TOKENS_AT_ONCE,
+    LoadedBlock,
+    StreamedModel,
+    steps,
+    streamed_model,
+)
 from ggufkit.values import Json
 
 if TYPE_CHECKING:
@@ -43,6 +51,8 @@ if TYPE_CHECKING:
 
 DRIFT_DAMPING = 0.3
 """Share of each diagonal entry added to E[y yᵀ] where errors before are made up for."""
+RUNTIME_NBYTES = 700 << 20
+"""Python with torch and transformers, and their buffers."""
 _SUFFIX = ".rounded.safetensors"
 _FORMAT = "ggufkit-rounded-1"
 
@@ -61,6 +71,52 @@ class TensorReport:
     reason: str
 
 
+def forecast(
+    index: CheckpointIndex,
+    family: Family,
+    plan: Mapping[str, str],
+    *,
+    sequences: int,
+    length: int,
+) -> int:
+    """Peak resident memory of :func:`round_model`, in bytes.
+
+    Args:
+        index: the checkpoint.
+        family: its family.
+        plan: ggml type by checkpoint name.
+        sequences: number of calibration sequences.
+        length: tokens of each.
+    """
+    blocks = [
+        [t.shape for name, t in index.tensors.items() if name.startswith(f"{family.blocks}.{n}.")]
+        for n in range(block_count(index))
+    ]
+    around = sum(math.prod(t.shape) for t in index.tensors.values()) - sum(
+        math.prod(shape) for shapes in blocks for shape in shapes
+    )
+    # The block as it is and as rounded; of the largest map target, candidates and errors.
+    weights = max(sum(map(math.prod, shapes)) for shapes in blocks) * 2
+    largest = max(math.prod(shape) for shapes in blocks for shape in shapes) * 8
+    inputs = 0 if family.transposed else 1
+    widest = max(
+        (index.tensors[n].shape[inputs] for n in plan if n.startswith(f"{family.blocks}.")),
+        default=0,
+    )
+    # Moments, their damped copies and factors in double precision, and copies in single.
+    squares = (8 * 6 + 4 * 4) * widest**2
+    width = int(index.config.get("hidden_size") or index.config["n_embd"])
+    hidden = 4 * sequences * length * width
+    step = 4 * 16 * TOKENS_AT_ONCE * width
+    return (
+        RUNTIME_NBYTES
+        + 4 * (around + weights + largest)
+        + squares
+        + 2 * min(hidden, HIDDEN_NBYTES_IN_MEMORY)
+        + min(hidden, step)
+    )
+
+
 def round_model(
     index: CheckpointIndex,
     family: Family,
@@ -71,6 +127,7 @@ def round_model(
     progress: Progress,
     *,
     threads: int,
+    changes: Mapping[str, Change] | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Json]:
     """Round the linear maps of all blocks.
@@ -86,6 +143,7 @@ def round_model(
         ggml: the quantizer.
         progress: told block by block.
         threads: how many threads round rows.
+        changes: what a fold of scales does to tensors; the model to round is the folded one.
         trust_remote_code: let transformers run the checkpoint's own code.
 
     Returns:
@@ -94,8 +152,11 @@ def round_model(
     Raises:
         UsageError: if a type cannot be packed, before any work; names those that can.
     """
+    inside = f"{family.blocks}."
+    plan = {name: type for name, type in plan.items() if name.startswith(inside)}
     for type in plan.values():
         format_of(type)
+    _require_text(index, family, sequences.numel(), plan, progress)
     directory.mkdir(parents=True, exist_ok=True)
     reports: list[TensorReport] = []
     blocks = block_count(index)
@@ -103,7 +164,7 @@ def round_model(
         progress.task("rounding", blocks, "blocks") as task,
         streamed_model(index, family, directory, trust_remote_code=trust_remote_code) as model,
     ):
-        rounding = _ModelRounding(family, model, plan, directory, ggml, threads)
+        rounding = _ModelRounding(family, model, plan, changes or {}, directory, ggml, threads)
 
         def each(block: LoadedBlock, hidden: "torch.Tensor") -> "torch.Tensor":
             hidden = rounding.visit(block, hidden)
@@ -124,6 +185,19 @@ def round_model(
     }
 
 
+def _require_text(
+    index: CheckpointIndex, family: Family, tokens: int, plan: Mapping[str, str], progress: Progress
+) -> None:
+    """Say that a text is too short to tell one input of a map from another."""
+    inputs = 0 if family.transposed else 1
+    widest = max((index.tensors[name].shape[inputs] for name in plan), default=0)
+    if tokens < widest:
+        progress.warn(
+            f"rounding looks at {tokens} tokens, but the widest map has {widest} inputs: "
+            f"errors will fit this text more than others; take more --calibration-samples"
+        )
+
+
 def read_rounded(directory: Path) -> "Iterator[tuple[str, Bytes]]":
     """Names in the checkpoint, and blocks: uint8, shape (rows, bytes of a row).
 
@@ -133,10 +207,16 @@ def read_rounded(directory: Path) -> "Iterator[tuple[str, Bytes]]":
         IntegrityError: if a file is not one that :func:`round_model` wrote.
     """
     for path in sorted(directory.glob(f"*{_SUFFIX}")):
-        yield from _read_block(path).items()
+        yield from read_block(path).items()
 
 
-def _read_block(path: Path) -> "dict[str, Bytes]":
+def block_file(directory: Path, number: int) -> Path:
+    """Where the rounded maps of a block lie."""
+    return directory / f"{number:05d}{_SUFFIX}"
+
+
+def read_block(path: Path) -> "dict[str, Bytes]":
+    """The rounded maps of a block by their names in the checkpoint; see :func:`read_rounded`."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -148,9 +228,33 @@ def _read_block(path: Path) -> "dict[str, Bytes]":
         raise IntegrityError(f"{path} cannot be read as rounded tensors: {error}") from error
 
 
+def write_block(path: Path, packed: "Mapping[str, Bytes]") -> None:
+    """Write such a file, whole or not at all; the same blocks give the same bytes."""
+    from safetensors.numpy import save_file
+
+    scratch = path.with_name(f".{path.name}.tmp")
+    ordered = {name: packed[name] for name in sorted(packed)}
+    save_file(ordered, scratch, metadata={"format": _FORMAT})
+    scratch.replace(path)
+
+
+def fold_block(block: LoadedBlock, changes: Mapping[str, Change]) -> None:
+    """Do to the weights of a block what a fold of scales does to the checkpoint's."""
+    for name, weight in block.weights.items():
+        if change := changes.get(name):
+            # Rounded to the dtype of the file, as the converter gets it.
+            weight.copy_(change(weight))
+
+
 @dataclass(frozen=True)
-class _Map:
-    """A linear map of a block: where it is, what it is called, and what it shall be."""
+class BlockMap:
+    """A linear map of a block.
+
+    Attributes:
+        path: inside the block's module.
+        name: in the checkpoint.
+        type: ggml type to round to.
+    """
 
     path: str
     name: str
@@ -165,6 +269,7 @@ class _ModelRounding:
         family: Family,
         model: StreamedModel,
         plan: Mapping[str, str],
+        changes: Mapping[str, Change],
         directory: Path,
         ggml: Ggml,
         threads: int,
@@ -172,28 +277,30 @@ class _ModelRounding:
         self._family = family
         self._model = model
         self._plan = plan
+        self._changes = changes
         self._directory = directory
         self._ggml = ggml
         self._threads = threads
         self._original: torch.Tensor | None = None
 
-    def _file(self, number: int, suffix: str) -> Path:
-        return self._directory / f"{number:05d}{suffix}"
+    def _report_file(self, number: int) -> Path:
+        return self._directory / f"{number:05d}.json"
 
     def reports(self, number: int) -> list[TensorReport]:
         """How the tensors of a block that was visited went."""
-        told = json.loads(self._file(number, ".json").read_text(encoding="utf-8"))
+        told = json.loads(self._report_file(number).read_text(encoding="utf-8"))
         return [TensorReport(**report) for report in told]
 
     def visit(self, block: LoadedBlock, hidden: "torch.Tensor") -> "torch.Tensor":
         """Round a block, and run both streams through it."""
         if self._original is None:
             self._original = self._model.hold(hidden.clone())
-        maps = _maps_of(self._family, block, self._plan)
+        fold_block(block, self._changes)
+        maps = maps_of(self._family, block, self._plan)
         work = _BlockRounding(block, maps, hidden, self._original, self._family.transposed)
-        path = self._file(block.number, _SUFFIX)
+        path = block_file(self._directory, block.number)
         if path.exists():
-            packed = _read_block(path)
+            packed = read_block(path)
             for map in maps:
                 columns = work.weight(map).shape[1]
                 kind = self._ggml.type(map.type)
@@ -205,8 +312,8 @@ class _ModelRounding:
         work.use_rounded()
         return block.forward(hidden)
 
-    def _round(self, work: "_BlockRounding", maps: Sequence[_Map]) -> "dict[_Map, Rounded]":
-        found: dict[_Map, Rounded] = {}
+    def _round(self, work: "_BlockRounding", maps: Sequence[BlockMap]) -> "dict[BlockMap, Rounded]":
+        found: dict[BlockMap, Rounded] = {}
         for stage in work.stages(maps):
             moment, drift = work.moments(stage[0])
             correction = _correction(moment, drift)
@@ -223,9 +330,7 @@ class _ModelRounding:
                 work.replace(map, found[map].values.numpy())
         return found
 
-    def _write(self, number: int, found: "Mapping[_Map, Rounded]") -> None:
-        from safetensors.numpy import save_file
-
+    def _write(self, number: int, found: "Mapping[BlockMap, Rounded]") -> None:
         reports = [
             TensorReport(
                 map.name,
@@ -240,24 +345,18 @@ class _ModelRounding:
             for map, rounded in found.items()
         ]
         told = json.dumps([asdict(report) for report in reports])
-        self._file(number, ".json").write_text(told, encoding="utf-8")
-        scratch = self._file(number, ".tmp")
-        packed = {map.name: rounded.packed for map, rounded in _sorted_by_name(found)}
-        save_file(packed, scratch, metadata={"format": _FORMAT})
-        scratch.replace(self._file(number, _SUFFIX))
+        self._report_file(number).write_text(told, encoding="utf-8")
+        packed = {map.name: rounded.packed for map, rounded in found.items()}
+        write_block(block_file(self._directory, number), packed)
 
 
-def _sorted_by_name(found: "Mapping[_Map, Rounded]") -> "list[tuple[_Map, Rounded]]":
-    """Maps in the order of their names."""
-    return sorted(found.items(), key=lambda item: item[0].name)
-
-
-def _maps_of(family: Family, block: LoadedBlock, plan: Mapping[str, str]) -> list[_Map]:
+def maps_of(family: Family, block: LoadedBlock, plan: Mapping[str, str]) -> list[BlockMap]:
+    """The linear maps of a block that a plan names."""
     maps = []
     for path, module in block.module.named_modules():
         name = family.tensor(block.number, family.in_file(path))
         if is_linear(module) and name in block.weights and name in plan:
-            maps.append(_Map(path, name, plan[name]))
+            maps.append(BlockMap(path, name, plan[name]))
     return maps
 
 
@@ -294,7 +393,7 @@ class _BlockRounding:
     def __init__(
         self,
         block: LoadedBlock,
-        maps: Sequence[_Map],
+        maps: Sequence[BlockMap],
         hidden: "torch.Tensor",
         original: "torch.Tensor",
         transposed: bool,
@@ -306,12 +405,12 @@ class _BlockRounding:
         self._original = {map.path: block.weights[map.name] for map in maps}
         self._rounded = dict(self._original)
 
-    def weight(self, map: _Map) -> "torch.Tensor":
+    def weight(self, map: BlockMap) -> "torch.Tensor":
         """The original weight, shape (outputs, inputs)."""
         weight = self._original[map.path]
         return weight.T.contiguous() if self._transposed else weight
 
-    def replace(self, map: _Map, values: "npt.NDArray[np.float32]") -> None:
+    def replace(self, map: BlockMap, values: "npt.NDArray[np.float32]") -> None:
         """Use a rounded weight, shape (outputs, inputs), from now on."""
         import torch
 
@@ -334,12 +433,12 @@ class _BlockRounding:
             parameter = torch.nn.Parameter(weight, requires_grad=False)
             self._block.module.get_submodule(path).weight = parameter
 
-    def stages(self, maps: Sequence[_Map]) -> list[list[_Map]]:
+    def stages(self, maps: Sequence[BlockMap]) -> list[list[BlockMap]]:
         """The maps in the order in which they are used, those of one input together."""
-        stages: list[list[_Map]] = []
+        stages: list[list[BlockMap]] = []
         inputs: list[torch.Tensor] = []
 
-        def watch(map: _Map, x: "torch.Tensor") -> None:
+        def watch(map: BlockMap, x: "torch.Tensor") -> None:
             if any(map in stage for stage in stages):
                 return
             for stage, seen in zip(stages, inputs, strict=True):
@@ -363,7 +462,7 @@ class _BlockRounding:
                 handle.remove()
         return stages
 
-    def moments(self, map: _Map) -> "tuple[torch.Tensor, torch.Tensor]":
+    def moments(self, map: BlockMap) -> "tuple[torch.Tensor, torch.Tensor]":
         """E[y yᵀ] and E[(x - y) yᵀ] of a map's inputs, float64."""
         import torch
 

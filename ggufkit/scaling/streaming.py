@@ -148,6 +148,8 @@ class LoadedBlock:
 
 EachBlock = Callable[[LoadedBlock, "torch.Tensor"], "torch.Tensor"]
 """Takes a block and the hidden states before it; gives those after it."""
+TokenLoss = Callable[[int, "torch.Tensor"], "torch.Tensor"]
+"""Takes the number of a sequence and its logits; gives what its tokens add to a loss."""
 
 
 class StreamedModel:
@@ -204,35 +206,56 @@ class StreamedModel:
         chosen: torch.Tensor = logits if own else logits[:, positions]
         return chosen.float()
 
-    def loss_gradient(self, sequences: "torch.Tensor", final: "torch.Tensor") -> "torch.Tensor":
-        """Gradient of the summed next-token loss with respect to the last hidden states.
+    def loss_gradient(
+        self, sequences: "torch.Tensor", final: "torch.Tensor", loss: "TokenLoss | None" = None
+    ) -> "torch.Tensor":
+        """Gradient of a summed loss with respect to the last hidden states.
 
         Args:
             sequences: token ids, int64, shape (sequences, tokens).
             final: hidden states after the last block, shape (sequences, tokens, width).
+            loss: what is summed; None for that of the next tokens.
         """
         import torch
 
-        self._load_around(self._model)
         gradient = torch.empty_like(final)
-        last = len(self._blocks) - 1
         for number, tokens in enumerate(sequences):
             leaf = final[number : number + 1].clone().requires_grad_()
-            for position, block in enumerate(self._blocks):
-                block.forward = lambda hidden, *_, at=position, end=leaf, **__: (
-                    end if at == last else hidden
-                )
             with torch.enable_grad():
-                logits = self._model(input_ids=tokens[None], use_cache=False).logits[0]
-                loss = torch.nn.functional.cross_entropy(
-                    logits[:-1].float(), tokens[1:], reduction="sum"
-                )
-                torch.autograd.backward(loss)
+                logits = self.logits_after(tokens, leaf)
+                if loss is None:
+                    summed = torch.nn.functional.cross_entropy(
+                        logits[:-1], tokens[1:], reduction="sum"
+                    )
+                else:
+                    summed = loss(number, logits)
+                torch.autograd.backward(summed)
             assert leaf.grad is not None
             gradient[number] = leaf.grad[0]
-        for block, forward in zip(self._blocks, self._forwards, strict=True):
-            block.forward = forward
         return gradient
+
+    def logits_after(self, tokens: "torch.Tensor", final: "torch.Tensor") -> "torch.Tensor":
+        """Logits that hidden states after the last block lead to.
+
+        Args:
+            tokens: ids of one sequence, int64, shape (tokens,).
+            final: its hidden states, shape (1, tokens, width).
+
+        Returns:
+            float32, shape (tokens, vocabulary).
+        """
+        self._load_around(self._model)
+        last = len(self._blocks) - 1
+        for position, block in enumerate(self._blocks):
+            block.forward = lambda hidden, *_, at=position, end=final, **__: (
+                end if at == last else hidden
+            )
+        try:
+            logits: torch.Tensor = self._model(input_ids=tokens[None], use_cache=False).logits[0]
+        finally:
+            for block, forward in zip(self._blocks, self._forwards, strict=True):
+                block.forward = forward
+        return logits.float()
 
     @contextmanager
     def loaded(self, block: LoadedBlock) -> Iterator[LoadedBlock]:

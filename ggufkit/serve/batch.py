@@ -28,6 +28,7 @@ from ggufkit.llamacpp.sampling import SamplingParams
 from ggufkit.progress import SILENT, Progress
 from ggufkit.serve.answers import AnswerFile, digest
 from ggufkit.serve.chat import Style
+from ggufkit.serve.drafting import DraftOptions, open_engine
 from ggufkit.serve.engine import Engine, EngineOptions
 from ggufkit.serve.model import Sampling, cache_nbytes
 from ggufkit.serve.requests import Adapters, Delta, Finish, Request, Ticket
@@ -53,6 +54,7 @@ class BatchOptions:
         chat_template: a Jinja file, or the name of one of llama.cpp's own;
             None for the model's.
         parallel: answers that are written at once.
+        draft: a small model that guesses ahead.
     """
 
     system: str | None = None
@@ -63,6 +65,7 @@ class BatchOptions:
     scales: Mapping[str, float] = field(default_factory=dict)
     chat_template: str | None = None
     parallel: int = 8
+    draft: DraftOptions | None = None
 
     @property
     def adapters(self) -> Adapters:
@@ -82,6 +85,8 @@ class BatchReport:
         prompt_tokens: tokens of the questions answered now.
         cached_tokens: how many of them needed no computing.
         generated_tokens: tokens written now.
+        guessed_tokens: tokens that a draft model guessed.
+        right_tokens: guesses that were right.
         seconds: time that it took, without loading the model.
     """
 
@@ -92,6 +97,8 @@ class BatchReport:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
+    guessed_tokens: int = 0
+    right_tokens: int = 0
     seconds: float = 0.0
 
     @property
@@ -281,6 +288,8 @@ def _added(total: BatchReport, finish: Finish, seconds: float) -> BatchReport:
         prompt_tokens=total.prompt_tokens + usage.prompt_tokens,
         cached_tokens=total.cached_tokens + usage.cached_tokens,
         generated_tokens=total.generated_tokens + usage.generated_tokens,
+        guessed_tokens=total.guessed_tokens + usage.guessed_tokens,
+        right_tokens=total.right_tokens + usage.right_tokens,
         seconds=seconds,
     )
 
@@ -394,13 +403,15 @@ def _engine(
         jobs, model.metadata, options.context, limit=limit, parallel=options.parallel
     )
     _check_room(model, room, progress)
-    context = BatchContext(model, room)
-    try:
-        check_grammars(context, jobs, name)
-    except BaseException:
-        context.close()
-        raise
-    return Engine(context, EngineOptions(parallel=options.parallel, unread=_UNREAD))
+    return open_engine(
+        model,
+        room,
+        EngineOptions(parallel=options.parallel, unread=_UNREAD),
+        draft=options.draft,
+        loading=options.model,
+        check=lambda context: check_grammars(context, jobs, name),
+        progress=progress,
+    )
 
 
 def _limit(metadata: Metadata, wanted: int | None, progress: Progress) -> int:

@@ -30,6 +30,9 @@ class Model(Protocol):
     def complete(self, text: str, sampling: Sampling) -> Iterator[str]:
         """Go on with a text piece by piece."""
 
+    def look(self, path: Path) -> tuple[int, int]:
+        """See that an image can be shown; its width and height."""
+
     def stop(self) -> None:
         """End the answer that is being written."""
 
@@ -82,6 +85,7 @@ class Conversation:
         self.style = style or Style()
         self.history: list[Message] = []
         self._attempt = 0
+        self._images: list[str] = []
 
     @property
     def messages(self) -> list[Message]:
@@ -99,7 +103,27 @@ class Conversation:
         """
         self._attempt = 0
         wrapped = f"{self.style.prefix}{text}{self.style.suffix}"
-        return self._answer({"role": "user", "content": wrapped}, self.history)
+        question: Message = {"role": "user", "content": wrapped}
+        if self._images:
+            question = {**question, "images": list(self._images)}
+        return self._answer(question, self.history)
+
+    def show(self, path: Path) -> tuple[int, int]:
+        """Let the next message show an image; it is read now.
+
+        Returns:
+            Its width and height in pixels.
+
+        Raises:
+            UsageError: if the model cannot see, or this is no image.
+            SourceError: if the file cannot be read.
+        """
+        if self.style.completion:
+            raise UsageError("a completion has no images", "Begin without --completion")
+        path = path.absolute()
+        size = self.model.look(path)
+        self._images.append(str(path))
+        return size
 
     def again(self) -> Iterator[str]:
         """Answer the last question anew; a seed that was given is counted up.
@@ -125,6 +149,7 @@ class Conversation:
             if pieces:
                 answer = {"role": "assistant", "content": "".join(pieces)}
                 self.history = [*before, question, answer]
+                self._images = []
 
     def _stream(self, messages: list[Message]) -> Iterator[str]:
         sampling = self.sampling
@@ -141,7 +166,7 @@ class Conversation:
 
     def reset(self) -> None:
         """Forget all but the system message."""
-        self.history = []
+        self.history, self._images = [], []
 
     def close(self) -> None:
         """Free the model."""
@@ -210,6 +235,7 @@ class Conversation:
             )
         self.style, self.sampling = saved.style, saved.sampling
         self.system, self.history = saved.system, saved.history
+        self._images = []
         self._attempt = 0
         return saved.model
 
@@ -293,7 +319,11 @@ def _history(messages: Any) -> list[Message]:
         if role != ("user", "assistant")[number % 2]:
             raise ValueError(f"message {number + 1} is by {role!r}")
         _check_text(content, f"message {number + 1}")
-        history.append({"role": role, "content": content})
+        images = message.get("images", [])
+        for path in images:
+            _check_text(path, f"an image of message {number + 1}")
+        shown = {"images": list(images)} if images else {}
+        history.append({"role": role, "content": content, **shown})
     return history
 
 

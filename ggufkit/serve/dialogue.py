@@ -16,6 +16,7 @@ HELP = """\
 /regen           answer the last message anew
 /system [TEXT]   show or change the system message ("" for none)
 /params [N V]    show or change how answers are chosen: /params temp 0.2
+/image FILE      show an image together with the next message, if the model can see
 /save FILE       keep the conversation in a file
 /load FILE       go on with one that was kept
 /reset           forget the conversation, keep the system message
@@ -126,10 +127,9 @@ def _obey(conversation: Conversation, name: str, rest: str, writer: Writer) -> N
         case "/load":
             _load(conversation, _path(name, rest), writer)
         case "/image":
-            raise UsageError(
-                "this build of llama.cpp has no library for images (libmtmd)",
-                "Messages are text alone",
-            )
+            path = _path(name, rest)
+            width, height = conversation.show(path)
+            writer.say(f"the next message shows {path.name}, {width} x {height} pixels")
         case _:
             raise UsageError(
                 f"there is no command {name}",

@@ -2,8 +2,8 @@
 
 One thread owns the backend (model and context). In each step it computes one
 batch: first the next token of every answer that is being written, then as much
-of the waiting prompts as fits. So a long prompt slows the others down and never
-stops them. What sequences hold is remembered after their answers, and a prompt
+of the waiting prompts as fits; while there are some, every other batch is theirs
+alone. So a long prompt slows the others down and never stops them. What sequences hold is remembered after their answers, and a prompt
 that begins like one of them, or like one that is being computed right now,
 takes over that beginning.
 
@@ -14,12 +14,13 @@ Requests come from any thread by :meth:`Engine.submit`; a
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from ggufkit.errors import GgufkitError, ToolError, UsageError
 from ggufkit.llamacpp.batching import Decoded
+from ggufkit.llamacpp.images import Seen
 from ggufkit.llamacpp.runtime import ContextError
 from ggufkit.llamacpp.sampling import GrammarError, SamplingParams, TokenLogprob
 from ggufkit.serve.queueing import FairQueue
@@ -85,6 +86,7 @@ class Backend(Protocol):
     context: int
     cells: int
     sequences: int
+    at_once: int
     batch: int
     can_trim: bool
     can_share: bool
@@ -107,11 +109,17 @@ class Backend(Protocol):
     def clear(self) -> None:
         """Begin an empty batch."""
 
+    def rank(self, sequence: int) -> int:
+        """Single tokens are computed fastest if they are added in this order."""
+
     def add(self, sequence: int, position: int, tokens: Sequence[int], *, output: bool) -> int:
         """Put tokens of a sequence into the batch; the place to sample at."""
 
     def decode(self) -> Decoded:
         """Compute the batch."""
+
+    def see(self, sequence: int, position: int, image: Seen) -> Decoded:
+        """Compute a part of an image as the next positions of a sequence."""
 
     def forget(self, sequence: int, start: int = 0) -> bool:
         """Take back a sequence's tokens from a position on."""
@@ -133,6 +141,24 @@ class Backend(Protocol):
 
     def embed(self, tokens: Sequence[int]) -> Sequence[float]:
         """Embed a text."""
+
+    def abort(self) -> None:
+        """End what is being computed."""
+
+    def close(self) -> None:
+        """Free it."""
+
+
+class Guesser(Protocol):
+    """Guesses the next tokens: :class:`~ggufkit.serve.drafting.Drafter`."""
+
+    count: int
+
+    def warm_up(self) -> None:
+        """Get ready."""
+
+    def guess(self, wanted: Mapping[int, tuple[Sequence[int], int]]) -> dict[int, list[int]]:
+        """By sequence: from its tokens and how many guesses there may be, to guesses."""
 
     def abort(self) -> None:
         """End what is being computed."""
@@ -174,6 +200,8 @@ class Metrics:
         prompt_tokens: tokens of prompts that were computed.
         cached_tokens: tokens of prompts that were known already.
         generated_tokens: tokens written.
+        guessed_tokens: tokens that a draft model guessed.
+        right_tokens: guesses that were right; they count as written.
         embedded_tokens: tokens of texts embedded.
         steps: batches computed.
         decode_seconds: time in llama.cpp's batches.
@@ -194,6 +222,8 @@ class Metrics:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
+    guessed_tokens: int = 0
+    right_tokens: int = 0
     embedded_tokens: int = 0
     steps: int = 0
     decode_seconds: float = 0.0
@@ -226,7 +256,7 @@ class _Task:
     __slots__ = (
         *("chosen", "deadline", "first", "generated", "leader", "limit", "order", "prompt"),
         *("request", "sampler", "shared", "slot", "stream", "submitted", "ticket", "tokens"),
-        *("unsent", "usage"),
+        *("guess", "unsent", "usage"),
     )
 
     def __init__(self, ticket: Ticket, request: Request, sampler: TokenSampler, limit: int):
@@ -246,6 +276,7 @@ class _Task:
         self.shared = 0
         self.slot: _Slot | None = None
         self.leader: _Task | None = None
+        self.guess: list[int] = []
         self.unsent: list[int] = []
         self.chosen: list[ChosenToken] = []
 
@@ -277,13 +308,21 @@ class Engine:
     Args:
         backend: the model; the engine owns it from now on and closes it.
         options: limits.
+        guesser: guesses ahead, so that several tokens are computed at once; the
+            backend must have outputs for them. The engine owns it too.
     """
 
-    def __init__(self, backend: Backend, options: EngineOptions | None = None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        options: EngineOptions | None = None,
+        guesser: Guesser | None = None,
+    ) -> None:
         self._backend = backend
+        self._guesser = guesser
         self.options = options or EngineOptions()
         half = max(1, backend.sequences // 2)
-        self.parallel = min(self.options.parallel or half, backend.sequences)
+        self.parallel = min(self.options.parallel or half, backend.at_once)
         self._ends = backend.vocabulary.end_tokens
         self._slots = [_Slot(n) for n in range(backend.sequences)]
         self._running: list[_Task] = []
@@ -297,6 +336,7 @@ class Engine:
         self._sweep_due = 0.0
         self._clock = 0
         self._turn = 0
+        self._alone = False
         self._metrics = Metrics(cells=backend.cells)
         self._failure: GgufkitError | None = None
         self._thread = threading.Thread(target=self._run, name="ggufkit-engine", daemon=True)
@@ -369,7 +409,8 @@ class Engine:
         prompt, size = request.prompt, self._backend.vocabulary.size
         if not len(prompt):
             raise UsageError("the prompt is empty")
-        if not (min(prompt) >= 0 and max(prompt) < size):
+        shows = isinstance(request, Request) and bool(request.images)
+        if not ((min(prompt) >= 0 or shows) and max(prompt) < size):
             raise UsageError(f"the prompt has a token that is not among the model's {size}")
         seconds = request.timeout_seconds
         if seconds is not None and not seconds > 0:
@@ -421,6 +462,8 @@ class Engine:
             self._state.notify_all()
         if not drain:
             self._backend.abort()
+            if self._guesser is not None:
+                self._guesser.abort()
         self._thread.join(timeout)
         if self._thread.is_alive():
             self.close(drain=False)
@@ -434,6 +477,8 @@ class Engine:
     def _run(self) -> None:
         try:
             self._backend.warm_up()
+            if self._guesser is not None:
+                self._guesser.warm_up()
             while self._wait():
                 self._step()
         except BaseException as error:  # whoever waits must hear of it
@@ -465,12 +510,15 @@ class Engine:
         reason: FinishReason = "error" if error else "cancelled"
         for task in [*self._running, *self._preempted, *waiting]:
             self._finish(task, reason, error=error)
+        if self._guesser is not None:
+            self._guesser.close()
         self._backend.close()
 
     def _step(self) -> None:
         started = time.monotonic()
         self._sweep(started)
         self._admit(started)
+        self._look()
         plan = self._plan()
         if not plan:
             return
@@ -524,7 +572,7 @@ class Engine:
                 task.order = self._clock
                 task.usage.queue_seconds = now - task.submitted
                 self._metrics.queue_seconds += task.usage.queue_seconds
-                task.sampler.prime(task.request.prompt)
+                task.sampler.prime([token for token in task.request.prompt if token >= 0])
             self._place(task)
             self._running.append(task)
 
@@ -650,20 +698,49 @@ class Engine:
 
     # Batches.
 
+    def _look(self) -> None:
+        """Compute an image whose turn it is in a prompt, by itself; one in each step."""
+        for task in self._running:
+            slot = task.slot
+            assert slot is not None
+            image = task.request.images.get(len(slot.tokens))
+            if image is None or task.leader is not None:
+                continue
+            self._backend.use_adapters(task.request.adapters)
+            try:
+                outcome = self._backend.see(slot.number, len(slot.tokens), image)
+            except ToolError as error:
+                self._give_up(error)
+                return
+            if outcome is Decoded.FULL:
+                self._make_room()
+            elif outcome is Decoded.DONE:
+                slot.tokens += image.tokens
+                self._metrics.prompt_tokens += len(image.tokens)
+            return
+
     def _plan(self) -> list[tuple[_Task, int, int]]:
         """Fill the batch: tasks, how many of their tokens, and where to sample (or -1)."""
         backend, plan = self._backend, list[tuple[_Task, int, int]]()
         backend.clear()
-        group = self._group()
-        prompts = []
-        for task in group:
-            slot, tokens = task.slot, task.tokens
-            assert slot is not None
-            known = len(slot.tokens)
-            if len(tokens) - known > 1 or task.leader is not None:
+        writers, prompts = [], []
+        for task in self._group():
+            assert task.slot is not None
+            known = len(task.slot.tokens)
+            if len(task.tokens) - known > 1 or task.leader is not None:
                 prompts.append(task)
-            elif backend.room:
-                plan.append((task, 1, backend.add(slot.number, known, tokens[known:], output=True)))
+            else:
+                writers.append((backend.rank(task.slot.number), known, task))
+        if self._goes_alone(prompts, len(writers)):
+            writers = []
+        if self._guesser is not None:
+            self._guess([task for _, _, task in writers], self._guesser)
+        for _, known, task in sorted(writers, key=lambda writer: writer[0])[: backend.room]:
+            assert task.slot is not None
+            place = backend.add(task.slot.number, known, task.tokens[known:], output=True)
+            for ahead, token in enumerate(task.guess, 1):
+                backend.add(task.slot.number, known + ahead, [token], output=True)
+            plan.append((task, 1, place))
         for task in prompts:
             if not backend.room:
                 break
@@ -672,11 +749,33 @@ class Engine:
             slot, tokens = task.slot, task.tokens
             assert slot is not None
             known = len(slot.tokens)
-            count = min(backend.room, len(tokens) - known)
+            count = min(backend.room, _next_image(task, known) - known)
+            if not count:
+                continue
             last = known + count == len(tokens)
             place = backend.add(slot.number, known, tokens[known : known + count], output=last)
             plan.append((task, count, place if last else -1))
         return plan
+
+    def _goes_alone(self, prompts: list[_Task], writers: int) -> bool:
+        """Whether prompts get a batch of their own: every other one, so that all soon begin."""
+        mixed = len(prompts) + writers < len(self._running)  # groups take turns already
+        self._alone = bool(prompts) and not mixed and not self._alone
+        return self._alone
+
+    def _guess(self, writers: list[_Task], guesser: Guesser) -> None:
+        """Guess what answers will go on with, as far as the batch has room."""
+        wanted = {}
+        share = self._backend.room // max(1, len(writers)) - 1
+        for task in writers:
+            assert task.slot is not None
+            # A guess that is right brings one token more.
+            most = min(guesser.count, share, task.limit - task.generated - 1)
+            wanted[task.slot.number] = (task.tokens, most)
+        guesses = guesser.guess(wanted)
+        for task in writers:
+            assert task.slot is not None
+            task.guess = guesses.get(task.slot.number, [])
 
     def _group(self) -> list[_Task]:
         """Who may share a batch: those with the same adapters; groups take turns."""
@@ -705,7 +804,7 @@ class Engine:
             return
         slot = self._release(youngest)
         self._empty(slot)
-        youngest.leader, youngest.shared = None, 0
+        youngest.leader, youngest.shared, youngest.guess = None, 0, []
         self._preempted.append(youngest)
         self._preempted.sort(key=lambda t: t.order)
         self._metrics.preempted += 1
@@ -719,8 +818,29 @@ class Engine:
             slot.tokens += task.tokens[known : known + count]
             if known < task.prompt:
                 self._metrics.prompt_tokens += min(count, task.prompt - known)
-            if place >= 0:
+            if place >= 0 and task.guess:
+                self._go_along(task, slot, place, now)
+            elif place >= 0:
                 self._choose(task, place, now)
+
+    def _go_along(self, task: _Task, slot: _Slot, place: int, now: float) -> None:
+        """As long as what is chosen is what was guessed, the next choice is there too."""
+        guess, task.guess = task.guess, []
+        self._count_guess(task, len(guess), 0)
+        self._choose(task, place, now)
+        for ahead, token in enumerate(guess, 1):
+            if task.slot is None or task.tokens[-1] != token:
+                break
+            slot.tokens.append(token)
+            self._count_guess(task, 0, 1)
+            self._choose(task, place + ahead, now)
+        self._backend.forget(slot.number, len(slot.tokens))
+
+    def _count_guess(self, task: _Task, guessed: int, right: int) -> None:
+        task.usage.guessed_tokens += guessed
+        task.usage.right_tokens += right
+        self._metrics.guessed_tokens += guessed
+        self._metrics.right_tokens += right
 
     # Tokens and text.
 
@@ -803,6 +923,12 @@ class Engine:
 
 def _is_over(task: _Task | _EmbedTask, now: float) -> bool:
     return task.ticket.cancelled or (task.deadline is not None and now >= task.deadline)
+
+
+def _next_image(task: _Task, start: int) -> int:
+    """Where the text ends that goes on here: at an image, or at the end."""
+    images = task.request.images
+    return min((place for place in images if place >= start), default=len(task.tokens))
 
 
 def _need(task: _Task | _EmbedTask) -> int:

@@ -8,12 +8,13 @@ from typing import Protocol
 
 from ggufkit.errors import UsageError
 from ggufkit.llamacpp import host
-from ggufkit.llamacpp.batching import BatchContext, ContextOptions, Model, ModelOptions
+from ggufkit.llamacpp.batching import ContextOptions, Model, ModelOptions
 from ggufkit.llamacpp.conversing import NoTemplateError, find_template
 from ggufkit.llamacpp.metadata import Metadata
 from ggufkit.llamacpp.rendering import Renderer
 from ggufkit.llamacpp.runtime import ContextError, check_room, context_size
 from ggufkit.progress import SILENT, Progress
+from ggufkit.serve.drafting import DraftOptions, open_engine
 from ggufkit.serve.engine import Engine, EngineOptions
 from ggufkit.serve.model import cache_nbytes
 from ggufkit.serve.prompts import PromptMaker
@@ -24,6 +25,8 @@ _THREADS = 2
 """Threads that get requests of a model ready: its slow template must not stop others."""
 _SHARE = 0.25
 """Of the free memory that keys and values take, unless the context needs more."""
+_SURELY_LONG = 64
+"""Bytes for each token of the context: no text of that length fits, or hardly any."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class HostOptions:
             for the model's.
         parallel: answers that are written at once.
         queue: requests that may wait.
+        draft: a small model that guesses ahead; all models that are served with it
+            must have its vocabulary.
     """
 
     model: ModelOptions = field(default_factory=ModelOptions)
@@ -46,6 +51,7 @@ class HostOptions:
     chat_template: str | None = None
     parallel: int = 4
     queue: int = 256
+    draft: DraftOptions | None = None
 
     @property
     def adapters(self) -> Adapters:
@@ -57,6 +63,10 @@ class Words(Protocol):
     """The vocabulary, as far as serving needs it."""
 
     size: int
+
+    @property
+    def longest_piece(self) -> int:
+        """Bytes of the longest token."""
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         """Tokens of a text."""
@@ -117,15 +127,26 @@ class Hosted:
             UsageError: if there are none, or some that the model does not know.
             ContextError: if there are too many.
         """
-        tokens = self.tokenize(prompt) if isinstance(prompt, str) else prompt
+        room = self.engine.context if room is None else room
+        if isinstance(prompt, str):
+            self._check_length(prompt, room)
+            tokens = self.tokenize(prompt)
+        else:
+            tokens = prompt
         if not tokens:
             raise UsageError("the prompt is empty")
         if not (min(tokens) >= 0 and max(tokens) < self.words.size):
             raise UsageError(f"a token of the prompt is not among the model's {self.words.size}")
-        room = self.engine.context if room is None else room
         if len(tokens) > room:
             raise ContextError(f"the prompt has {len(tokens)} tokens, and the context {room}")
         return tokens
+
+    def _check_length(self, text: str, room: int) -> None:
+        """Refuse what cannot fit before it is tokenized, which may take a minute."""
+        nbytes = len(text.encode())
+        # It is rarely asked for, so that nothing waits for a look at all tokens.
+        if nbytes > room * _SURELY_LONG and nbytes > room * self.words.longest_piece:
+            raise ContextError(f"the prompt has {nbytes} bytes, too many for {room} tokens")
 
     def close(self, *, drain: bool = False, timeout: float | None = None) -> None:
         """Free its memory.
@@ -165,9 +186,13 @@ def load(
     try:
         room = sized(model.metadata, options, on_host=model.gpu_layers == 0, progress=progress)
         prompts = _prompts(model, options.chat_template, progress)
-        engine = Engine(
-            BatchContext(model, room),
+        engine = open_engine(
+            model,
+            room,
             EngineOptions(parallel=options.parallel, queue=options.queue),
+            draft=options.draft,
+            loading=options.model,
+            progress=progress,
         )
     except BaseException:
         model.close()
@@ -205,7 +230,8 @@ def sized(
 
     All users together have room for as many whole contexts as answers are written
     at once, as long as that takes a quarter of the free memory at most, and for
-    one context in any case. As many sequences again can be remembered.
+    one context in any case. As many sequences again can be remembered; those lie
+    in plain memory, or in the same room if it does not hold all contexts whole.
 
     Args:
         metadata: of the model.
@@ -221,7 +247,9 @@ def sized(
     if asked.cells is None and per_token and free:
         cells = max(size, min(cells, int(free * _SHARE / per_token)))
     check_room(metadata, cells, cache_nbytes=per_token, progress=progress)
-    return replace(asked, context=size, cells=cells, sequences=2 * options.parallel)
+    # A whole context for each is the faster way, where there is memory for it.
+    lanes = options.parallel if cells == size * options.parallel else None
+    return replace(asked, context=size, cells=cells, sequences=2 * options.parallel, lanes=lanes)
 
 
 def needed_nbytes(metadata: Metadata, path_nbytes: int, options: HostOptions) -> int:
@@ -233,4 +261,7 @@ def needed_nbytes(metadata: Metadata, path_nbytes: int, options: HostOptions) ->
         options: how it will be loaded.
     """
     room = sized(metadata, options)
-    return int(path_nbytes + (room.cells or 0) * cache_nbytes(metadata, options.context))
+    cells = room.cells or 0
+    if room.lanes:
+        cells *= 2  # as much again may be remembered in plain memory
+    return int(path_nbytes + cells * cache_nbytes(metadata, options.context))

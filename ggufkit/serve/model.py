@@ -2,14 +2,16 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, Self
 
-from ggufkit.errors import GgufkitError, UsageError
-from ggufkit.llamacpp.batching import BatchContext, ContextOptions, Model, ModelOptions
+from ggufkit.errors import GgufkitError, SourceError, UsageError
+from ggufkit.llamacpp.batching import ContextOptions, Model, ModelOptions
 from ggufkit.llamacpp.blocks import TYPE_SIZES
 from ggufkit.llamacpp.conversing import ChatTemplate, NoTemplateError, find_template
+from ggufkit.llamacpp.images import Projector, Prompt
 from ggufkit.llamacpp.metadata import Metadata
 from ggufkit.llamacpp.runtime import (
     ContextError,
@@ -22,10 +24,12 @@ from ggufkit.llamacpp.sampling import SamplingParams
 from ggufkit.llamacpp.template import Message
 from ggufkit.llamacpp.toolchain import NativeBuild
 from ggufkit.progress import SILENT, Progress
+from ggufkit.serve.drafting import DraftOptions, open_engine
 from ggufkit.serve.engine import Engine, EngineOptions
 from ggufkit.serve.grammars import check_grammar
 from ggufkit.serve.requests import Adapters, Delta, Finish, FinishReason, Request, Ticket
 
+_MAX_IMAGE_NBYTES = 64 << 20
 _UNREAD = 1 << 30
 """A terminal may be held with Ctrl-S for as long as somebody likes."""
 
@@ -93,6 +97,8 @@ class Statistics:
         prompt_seconds: time to the first token.
         generated_tokens: tokens of the answer.
         generate_seconds: time from the first token to the last.
+        guessed_tokens: tokens that a draft model guessed.
+        right_tokens: guesses that were right.
         context_used: tokens of the context that conversation and answer take.
         stopped: why the answer ended: ``end`` is the model's own decision or a
             stop string; empty if it failed or was never begun.
@@ -104,6 +110,8 @@ class Statistics:
     prompt_seconds: float = 0.0
     generated_tokens: int = 0
     generate_seconds: float = 0.0
+    guessed_tokens: int = 0
+    right_tokens: int = 0
     context_used: int = 0
     stopped: Literal["", "end", "limit", "context", "interrupted"] = ""
 
@@ -125,6 +133,8 @@ class ChatModel:
         chat_template: a file with a Jinja template, or the name of one that
             llama.cpp has built in; None for the model's own.
         template_needed: whether a model without a chat template is an error.
+        mmproj: GGUF of the projector that it sees images with, if it can.
+        draft: a small model that guesses ahead for it.
         build: the native build.
         progress: told warnings.
 
@@ -146,6 +156,8 @@ class ChatModel:
         scales: Mapping[str, float] | None = None,
         chat_template: str | None = None,
         template_needed: bool = True,
+        mmproj: Path | None = None,
+        draft: DraftOptions | None = None,
         build: NativeBuild | None = None,
         progress: Progress = SILENT,
     ) -> None:
@@ -153,14 +165,19 @@ class ChatModel:
         self.path = path
         self._progress = progress
         self._ticket: Ticket | None = None
-        self._model = Model(path, options, build=build, progress=progress)
-        try:
+        self._files: dict[str, bytes] = {}
+        context = context or ContextOptions()
+        with ExitStack() as stack:
+            self._model = stack.enter_context(Model(path, options, build=build, progress=progress))
             self.metadata = self._model.metadata
             self._template = self._find_template(chat_template, template_needed)
-            self._engine = self._open(context or ContextOptions())
-        except BaseException:
-            self._model.close()
-            raise
+            self._projector: Projector | None = None
+            if mmproj is not None:
+                threads = context.batch_threads or context.threads
+                projector = Projector(self._model, mmproj, threads=threads)
+                self._projector = stack.enter_context(projector)
+            self._engine = self._open(context, options, draft)
+            self._parts = stack.pop_all()
         self._adapters: Adapters = tuple(
             (name, (scales or {}).get(name, 1.0)) for name in sorted(options.adapters)
         )
@@ -176,13 +193,23 @@ class ChatModel:
                 raise
             return None
 
-    def _open(self, options: ContextOptions) -> Engine:
+    def _open(
+        self, options: ContextOptions, loading: ModelOptions, draft: DraftOptions | None
+    ) -> Engine:
         size = context_size(self.metadata, options.context, self._progress)
         on_host = self._model.gpu_layers == 0
         nbytes = cache_nbytes(self.metadata, options) if on_host else 0
         check_room(self.metadata, size, cache_nbytes=nbytes, progress=self._progress)
         one = replace(options, context=size, cells=size, sequences=1)
-        return Engine(BatchContext(self._model, one), EngineOptions(unread=_UNREAD))
+        return open_engine(
+            self._model,
+            one,
+            EngineOptions(unread=_UNREAD),
+            draft=draft,
+            loading=loading,
+            projector=self._projector,
+            progress=self._progress,
+        )
 
     def _tell_errors(self) -> None:
         if told := drain_errors():
@@ -197,7 +224,7 @@ class ChatModel:
     def close(self) -> None:
         """Free the model's memory; an answer that is being written is given up."""
         self._engine.close(drain=False)
-        self._model.close()
+        self._parts.close()
 
     # From messages to tokens.
 
@@ -217,11 +244,53 @@ class ChatModel:
             raise UsageError(f"{self.path.name} has no chat template")
         for message in messages:
             _check_encodable(message["content"])
-        return self._template.render(messages)
+        marker = self._projector.marker if self._projector else ""
+        shown = [_with_markers(message, marker) for message in messages]
+        text = self._template.render(shown)
+        if marker and text.count(marker) != len(_paths(messages)):
+            raise UsageError(f"the chat template of {self.path.name} leaves images out")
+        return text
 
     def tokenize(self, text: str) -> list[int]:
         """Tokens of a prompt; the BOS token comes first if the model wants it."""
         return self._model.vocabulary.tokenize(text)
+
+    # Images.
+
+    def look(self, path: Path) -> tuple[int, int]:
+        """See that an image can be shown; its width and height in pixels.
+
+        It is kept, so that it stays the same when the file changes.
+
+        Raises:
+            UsageError: if the model cannot see, or this is no image.
+            SourceError: if the file cannot be read.
+        """
+        if self._projector is None:
+            beside = sorted(self.path.parent.glob("*mmproj*.gguf"))
+            name = beside[0] if beside else "FILE"
+            raise UsageError(
+                "images need the model's projector, a file of its own (mmproj)",
+                f"If it has one, begin with: ggufkit chat {self.path} --mmproj {name}",
+            )
+        if str(path) not in self._files:
+            image = _read_image(path)
+            try:
+                self._projector.size(image)
+            except UsageError as error:
+                raise UsageError(f"{path}: {error.message}", error.hint) from error
+            self._files[str(path)] = image
+        return self._projector.size(self._files[str(path)])
+
+    def _tokens(self, messages: Sequence[Message]) -> Prompt:
+        """Tokens of a conversation, and the images in it."""
+        text, paths = self.prompt(messages), _paths(messages)
+        if not paths:
+            return Prompt(tuple(self.tokenize(text)), {})
+        for path in paths:
+            self.look(Path(path))
+        assert self._projector is not None
+        return self._projector.tokenize(text, [self._files[path] for path in paths])
 
     # Answering.
 
@@ -233,16 +302,18 @@ class ChatModel:
         Raises:
             ContextError: if the conversation, or its answer, does not fit.
             TemplateError: if the chat template refuses the messages.
-            UsageError: if a message is not text, or sampling makes no sense.
+            UsageError: if a message is not text, an image cannot be shown, or
+                sampling makes no sense.
         """
         self._begin()
-        yield from self._answer(self.prompt(messages), sampling or Sampling())
+        yield from self._answer(self._tokens(messages), sampling or Sampling())
 
     def complete(self, text: str, sampling: Sampling | None = None) -> Iterator[str]:
         """Go on with a text, piece by piece; errors as in :meth:`stream`."""
         self._begin()
         _check_encodable(text)
-        yield from self._answer(text, sampling or Sampling())
+        prompt = Prompt(tuple(self.tokenize(text)), {})
+        yield from self._answer(prompt, sampling or Sampling())
 
     def stop(self) -> None:
         """End the answer that is being written; safe in a signal handler."""
@@ -253,8 +324,8 @@ class ChatModel:
         # What does not even fit leaves the context as it was.
         self.statistics = Statistics(self.context, context_used=self.statistics.context_used)
 
-    def _answer(self, prompt: str, sampling: Sampling) -> Iterator[str]:
-        told, tokens = self.statistics, self.tokenize(prompt)
+    def _answer(self, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
+        told, tokens = self.statistics, prompt.tokens
         told.prompt_tokens = len(tokens)
         self._check_fits(len(tokens))
         told.context_used = len(tokens)
@@ -265,6 +336,7 @@ class ChatModel:
             max_tokens=sampling.max_tokens,
             stop=sampling.stop,
             adapters=self._adapters,
+            images=prompt.images,
         )
         self._ticket = ticket = self._engine.submit(request)
         try:
@@ -316,6 +388,7 @@ class ChatModel:
         told.prompt_seconds = usage.first_token_seconds
         told.generated_tokens = usage.generated_tokens
         told.generate_seconds = usage.generate_seconds
+        told.guessed_tokens, told.right_tokens = usage.guessed_tokens, usage.right_tokens
         told.context_used = told.prompt_tokens + told.generated_tokens
         reasons: dict[FinishReason, Literal["end", "interrupted"]] = {
             "stop": "end",
@@ -338,6 +411,25 @@ def cache_nbytes(metadata: Metadata, options: ContextOptions) -> float:
 
     halves = width(options.key_type) + width(options.value_type)
     return cache_nbytes_per_token(metadata) / 2 * halves / 2
+
+
+def _paths(messages: Sequence[Message]) -> list[str]:
+    return [path for message in messages for path in message.get("images", ())]
+
+
+def _with_markers(message: Message, marker: str) -> Message:
+    """The message as text alone; images come before what is said of them."""
+    images = marker * len(message.get("images", ()))
+    return {"role": message["role"], "content": images + message["content"]}
+
+
+def _read_image(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > _MAX_IMAGE_NBYTES:
+            raise UsageError(f"{path} is larger than {_MAX_IMAGE_NBYTES >> 20} MiB")
+        return path.read_bytes()
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _check_encodable(text: str) -> None:

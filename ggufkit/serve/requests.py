@@ -3,11 +3,12 @@
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from ggufkit.errors import GgufkitError
+from ggufkit.llamacpp.images import Seen
 from ggufkit.llamacpp.sampling import SamplingParams, TokenLogprob
 
 Adapters = tuple[tuple[str, float], ...]
@@ -40,6 +41,7 @@ class Request:
         client: whose request it is; clients that wait take turns.
         timeout_seconds: from submission to the end, waiting included.
         remember: keep what was computed, for requests that begin the same.
+        images: what the prompt shows, by the place where it begins in there.
     """
 
     prompt: Sequence[int]
@@ -54,6 +56,7 @@ class Request:
     client: str = ""
     timeout_seconds: float | None = None
     remember: bool = True
+    images: Mapping[int, Seen] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,8 @@ class Usage:
         prompt_tokens: tokens of the prompt.
         cached_tokens: how many of them were known already.
         generated_tokens: tokens written; one that ends the answer does not count.
+        guessed_tokens: tokens that a draft model guessed for it.
+        right_tokens: guesses that were right.
         queue_seconds: from submission until it got a sequence.
         first_token_seconds: from submission to the first token.
         generate_seconds: from the first token to the last.
@@ -130,6 +135,8 @@ class Usage:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
+    guessed_tokens: int = 0
+    right_tokens: int = 0
     queue_seconds: float = 0.0
     first_token_seconds: float = 0.0
     generate_seconds: float = 0.0

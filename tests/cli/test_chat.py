@@ -22,6 +22,7 @@ from ggufkit.errors import ToolError
 from ggufkit.llamacpp.batching import ContextOptions, ModelOptions
 from ggufkit.llamacpp.toolchain import NativeBuild
 from ggufkit.serve.chat import Conversation, Style, read_conversation
+from ggufkit.serve.drafting import DraftOptions
 from ggufkit.serve.model import Sampling
 from tests.chatting import FakeModel, without_template
 
@@ -83,9 +84,11 @@ def test_every_option_arrives(
     chat: Chat, fake: Callable[..., Fake], gguf: Path, tmp_path: Path
 ) -> None:
     made = fake(["Fine"], ["Thanks"])
+    made.model.sees = True
     options = "-ngl 7 -n 9 -c 512 -t 3 -tb 4 --temp 0.5 --top-k 4 --top-p 0.8 --min-p 0.1 --seed 11"
     more = "--repeat-penalty 1.1 --presence-penalty 0.1 --frequency-penalty 0.2 -r stop -r halt"
     loading = "-fa on -ctk q8_0 -ctv q5_1 --lora a.gguf --lora b.gguf:0.5 --rpc one:1,two:2"
+    loading += f" -ts 3,1 -md {gguf} --draft-max 2 --mmproj {gguf} --image {gguf}"
     told = chat(
         b"How are you?\n",
         *("-m", gguf, "-sys", "Be brief", "-p", "Hi", "--chat-template", "chatml"),
@@ -106,6 +109,7 @@ def test_every_option_arrives(
         "options": ModelOptions(
             gpu_layers=7,
             adapters={"a.gguf": Path("a.gguf"), "b.gguf": Path("b.gguf")},
+            split=(3.0, 1.0),
             rpc=("one:1", "two:2"),
         ),
         "scales": {"a.gguf": 1.0, "b.gguf": 0.5},
@@ -118,7 +122,10 @@ def test_every_option_arrives(
             value_type="q5_1",
         ),
         "chat_template": "chatml",
+        "mmproj": gguf,
+        "draft": DraftOptions(gguf, count=2),
     }
+    assert made.model.asked[0][1]["images"] == [str(gguf)]
     contents = [m["content"] for m in made.model.asked[1]]
     assert contents == ["Be brief", "<Hi>", "Fine", "<How are you?>"]
     assert made.model.closed

@@ -17,6 +17,7 @@ from ggufkit.llamacpp.batching import ContextOptions, ModelOptions
 from ggufkit.llamacpp.toolchain import NativeBuild
 from ggufkit.serve.batch import BatchOptions, BatchReport
 from ggufkit.serve.chat import Style
+from ggufkit.serve.drafting import DraftOptions
 from ggufkit.serve.model import Sampling
 
 Run = Callable[..., tuple[int, str, str]]
@@ -57,15 +58,17 @@ def gguf(tmp_path: Path) -> Path:
 def test_every_option_arrives(
     run_cli: Run, fake: Callable[..., Fake], gguf: Path, tmp_path: Path
 ) -> None:
-    made = fake(answered=1, generated_tokens=10, seconds=2.0)
-    options = "-n 9 -c 512 -t 3 --temp 0.5 --seed 11 -ngl auto --completion -np 4 -fa off"
+    made = fake(answered=1, generated_tokens=10, guessed_tokens=8, right_tokens=6, seconds=2.0)
+    options = (
+        f"-md {gguf} -n 9 -c 512 -t 3 --temp 0.5 --seed 11 -ngl auto --completion -np 4 -fa off"
+    )
     code, out, err = run_cli(
         *("--models-dir", tmp_path, "run", gguf, "in.jsonl", "-o", "out.jsonl"),
         *("-sys", "Be brief", "--in-prefix", "<", "--chat-template", "chatml", "-r", "x"),
         *options.split(),
     )
     assert (code, out) == (0, "")
-    assert err == "1 answers, 10 tokens in 2.0 s, 5.0 tokens/s\n"
+    assert err == "1 answers, 10 tokens in 2.0 s, 5.0 tokens/s, 75 % of guesses right\n"
     assert made.options.pop("progress")
     assert made.options == {
         "model": gguf,
@@ -80,6 +83,7 @@ def test_every_option_arrives(
             context=ContextOptions(context=512, threads=3, flash_attention="off"),
             chat_template="chatml",
             parallel=4,
+            draft=DraftOptions(gguf),
         ),
     }
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ggufkit import pipeline
 from ggufkit.llamacpp.batching import ContextOptions, ModelOptions
 from ggufkit.llamacpp.toolchain import NativeBuild
 from ggufkit.serve.api.options import Limits, ServeOptions
+from ggufkit.serve.drafting import DraftOptions
 from ggufkit.serve.hosting import HostOptions
 from tests.chatting import without_template
 from tests.serve.serving import eventually, hosted
@@ -53,7 +55,9 @@ def test_every_option_arrives(run_cli: Run, asked: dict[str, Any], gguf: Path) -
     words = "--host 0.0.0.0 --port 0 --api-key a --api-key b --cors http://page -np 3 --cells 900"
     more = "--memory 1.5 --max-queue 7 --max-tokens 9 --max-body 0.5 --max-clients 11 --timeout 12"
     rest = "--grace 13 --chat-template chatml -ngl 4 --lora l.gguf:0.5 -c 256 -t 2 -fa on -ctk q8_0"
-    code, out, err = run_cli("serve", f"x={gguf}", *words.split(), *more.split(), *rest.split())
+    rest += f" --draft {gguf} --draft-max 3"
+    words, more, rest = words.split(), more.split(), rest.split()
+    code, out, err = run_cli("serve", f"x={gguf}", "--ui", *words, *more, *rest)
     assert (code, out) == (0, "")
     assert asked["models"] == {"x": gguf}
     assert asked["options"] == ServeOptions(
@@ -61,6 +65,7 @@ def test_every_option_arrives(run_cli: Run, asked: dict[str, Any], gguf: Path) -
         port=0,
         keys=("a", "b"),
         origins=("http://page",),
+        ui=True,
         memory_nbytes=3 << 29,
         limits=Limits(
             body_nbytes=1 << 19,
@@ -75,12 +80,14 @@ def test_every_option_arrives(run_cli: Run, asked: dict[str, Any], gguf: Path) -
                 context=256, cells=900, threads=2, flash_attention="on", key_type="q8_0"
             ),
             scales={"l.gguf": 0.5},
+            draft=DraftOptions(gguf, count=3),
             chat_template="chatml",
             parallel=3,
             queue=7,
         ),
     )
     assert "http://127.0.0.1:1/v1" in err
+    assert "page: http://127.0.0.1:1\n" in err
     assert "models: x" in err
     assert "2 users at once" in err
     assert "stop: Ctrl-C" in err
@@ -114,6 +121,16 @@ def test_names_of_models(run_cli: Run, asked: dict[str, Any], gguf: Path, tmp_pa
     for wrong in ((gguf, gguf), (gguf, odd, "--alias", "n"), ()):
         code, _, err = run_cli("serve", *wrong)
         assert code == 2, err
+
+
+def test_a_page_that_lacks_its_package_is_told(
+    run_cli: Run, gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "nicegui", None)
+    monkeypatch.delitem(sys.modules, "ggufkit.serve.ui.mounting", raising=False)
+    code, _, err = run_cli("serve", gguf, "--ui", "--port", 0)
+    assert (code, "'nicegui' is needed" in err) == (2, True)
+    assert "pip install 'ggufkit[ui]'" in err
 
 
 # The real thing.
@@ -163,22 +180,38 @@ def started(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str, li
 
 
 def test_sigterm_under_load(demo_gguf: Path, native: NativeBuild, tmp_path: Path) -> None:
-    """What runs is finished, nothing new is taken, and the exit is a clean one."""
+    """What runs or waits is finished, nothing new is taken, and the exit is a clean one."""
     mute = without_template(demo_gguf, tmp_path / "mute.gguf")
-    with started(f"m={mute}", "-c", 256, "-t", 1, "--grace", 300) as (process, url, said):
+    served = (f"m={mute}", "-c", 256, "-t", 1, "-np", 2, "--grace", 300)
+    with started(*served) as (process, url, said), ThreadPoolExecutor(5) as pool:
         assert "context: 256 tokens for each user" in "".join(said)
         assert "no chat template" in "".join(said)
-        body = {"prompt": "One two", "max_tokens": 30, "stream": True, "ignore_eos": True}
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as stream:
-            lines = stream.iter_lines()
-            next(lines)
-            process.send_signal(signal.SIGTERM)
-            eventually(lambda: refused(url))
-            rest = [line for line in lines if line.startswith("data: ")]
-        assert rest[-1] == "data: [DONE]"
-        assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"]
+        streams = [pool.submit(streamed, url, f"Number {n}") for n in range(5)]
+        eventually(lambda: taken(url) == 5)
+        process.send_signal(signal.SIGTERM)
+        eventually(lambda: refused(url))
+        for stream in streams:
+            *_, end, done = stream.result()
+            assert done == "data: [DONE]"
+            assert json.loads(end.removeprefix("data: "))["choices"][0]["finish_reason"]
         assert process.wait(60) == 0
     assert "Traceback" not in "".join(said)
+
+
+def streamed(url: str, prompt: str) -> list[str]:
+    body = {"prompt": prompt, "max_tokens": 30, "stream": True, "ignore_eos": True}
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=120)
+    return [line for line in answer.text.splitlines() if line]
+
+
+def taken(url: str) -> float:
+    """Requests that the server has begun with."""
+    counts = httpx.get(f"{url}/metrics").text
+    return sum(
+        float(line.rpartition(" ")[2])
+        for line in counts.splitlines()
+        if line.startswith(("ggufkit_running{", "ggufkit_waiting{", "ggufkit_finished_total{"))
+    )
 
 
 def refused(url: str) -> bool:

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from ggufkit.llamacpp.batching import (
     Model,
     ModelOptions,
 )
+from ggufkit.llamacpp.runtime import load_llama_cpp
 from ggufkit.llamacpp.sampling import MAX_GRAMMAR_DEPTH, Sampler, SamplingParams
 from ggufkit.llamacpp.toolchain import NativeBuild
 from ggufkit.progress import Silent
@@ -151,12 +153,12 @@ def test_sequences_in_one_batch_write_what_each_writes_alone(context: BatchConte
         assert len(other) >= 7
 
 
-@pytest.mark.parametrize("unified", [True, False])
-def test_shared_beginnings_change_nothing(model: Model, unified: bool) -> None:
-    options = ContextOptions(context=256, sequences=4, batch=64, threads=1, unified=unified)
+@pytest.mark.parametrize("lanes", [None, 2])
+def test_shared_beginnings_change_nothing(model: Model, lanes: int | None) -> None:
+    options = ContextOptions(context=256, sequences=4, batch=64, threads=1, lanes=lanes)
     context = BatchContext(model, options)
     assert context.context == 256
-    assert context.cells == (256 if unified else 4 * 256)
+    assert context.cells == (2 if lanes else 1) * 256
     alone = answer(context)
     context.forget_all()
     read(context, [*PROMPT, 7, 8, 9], sequence=3)
@@ -487,6 +489,50 @@ def test_a_build_for_the_cpu_says_that_it_has_no_gpu(gguf: Path, native: NativeB
     assert any(d.kind == "cpu" and d.total_nbytes > 0 for d in devices.devices(native))
 
 
+GPU = devices.Device("GPU0", "of the test", "gpu", free_nbytes=8 << 30, total_nbytes=8 << 30)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "arrives"), [(None, 0), (0, 0), (3, 3), ("all", -1), ("auto", 3)]
+)
+def test_the_number_of_layers_reaches_llama_cpp(
+    gguf: Path,
+    native: NativeBuild,
+    monkeypatch: pytest.MonkeyPatch,
+    wanted: Literal["all", "auto"] | int | None,
+    arrives: int,
+) -> None:
+    library = load_llama_cpp(native)
+    load, given = library.llama_model_load_from_file, []
+
+    def loading(path: bytes, params: Any) -> Any:
+        given.append(params.n_gpu_layers)
+        return load(path, params)
+
+    monkeypatch.setattr(library, "llama_model_load_from_file", loading)
+    monkeypatch.setattr(devices, "places_for_layers", lambda build, endpoints: (GPU,))
+    told = Told()
+    with Model(gguf, ModelOptions(gpu_layers=wanted), build=native, progress=told) as model:
+        assert given == [arrives] == [model.gpu_layers]
+    assert told.warned == []
+
+
+def test_a_build_with_rpc_but_no_gpu_has_no_place_for_layers(native: NativeBuild) -> None:
+    if native.backend == "cpu":
+        # llama.cpp says otherwise, because RPC is built in.
+        assert load_llama_cpp(native).llama_supports_gpu_offload()
+        assert devices.places_for_layers(native) == ()
+
+
+def test_shares_of_layers_must_fit_the_devices(
+    gguf: Path, native: NativeBuild, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "places_for_layers", lambda build, endpoints: (GPU,))
+    for split, message in (((1.0, 1.0), "2 ways, and there are 1"), ((0.0,), "not all 0")):
+        with pytest.raises(UsageError, match=message):
+            Model(gguf, ModelOptions(gpu_layers=1, split=split), build=native)
+
+
 def test_layers_fit_by_their_size() -> None:
     gib = 1 << 30
     fit = lambda free: devices.fitting_layers(  # noqa: E731
@@ -495,17 +541,6 @@ def test_layers_fit_by_their_size() -> None:
     assert fit(64 * gib) == 40
     assert fit(0) == 0
     assert fit(6 * gib + devices.RESERVE_NBYTES) == 20
-
-
-def test_servers_for_rpc_need_an_address_and_a_build_that_can(
-    native: NativeBuild,
-) -> None:
-    for wrong in ("here", "host:", ":50052", "host:port"):
-        with pytest.raises(UsageError, match="is not HOST:PORT"):
-            devices.add_rpc_servers(native, (wrong,))
-    if native.backend == "cpu":
-        with pytest.raises(ToolError, match="has no RPC"):
-            devices.add_rpc_servers(native, ("127.0.0.1:50052",))
 
 
 def test_a_broken_model_is_refused_with_the_reason(

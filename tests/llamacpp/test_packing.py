@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ggufkit.errors import IntegrityError, UsageError
 from ggufkit.llamacpp.ggml import Ggml
-from ggufkit.llamacpp.packing import FORMATS, Format, format_of
+from ggufkit.llamacpp.packing import FORMATS, Format, format_of, require_packable
 from ggufkit.llamacpp.toolchain import NativeBuild
 
 SUPPORTED = [
@@ -165,3 +165,12 @@ def test_levels_and_limits_are_those_that_the_bits_can_hold(format: Format) -> N
     assert (np.diff(format.levels) == 1).all() == format.is_even
     assert (fields.scales is None) == (format.scale_limits is None)
     assert (fields.dmin is None) != format.has_min
+
+
+def test_quantization_types_are_told_by_the_blocks_of_their_name() -> None:
+    for type in (*SUPPORTED, "Q4_K_M", "q3_k_l", "Q2_K_S"):
+        require_packable(type)
+    for type in ("IQ3_S", "IQ3_M", "IQ2_XXS", "IQ1_S", "TQ1_0", "MXFP4_MOE", "Q1_0"):
+        with pytest.raises(UsageError, match=f"blocks of type '{type}' cannot be packed") as told:
+            require_packable(type)
+        assert all(name in (told.value.hint or "") for name in SUPPORTED)

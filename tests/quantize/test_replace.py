@@ -10,7 +10,13 @@ from ggufkit.errors import CheckpointError
 from ggufkit.llamacpp.ggml import Ggml
 from ggufkit.llamacpp.gguf import read_gguf
 from ggufkit.llamacpp.toolchain import NativeBuild
-from ggufkit.quantize.replace import RoundedRows, replace_rounded
+from ggufkit.quantize.replace import (
+    NOT_TRIED,
+    LeftAlone,
+    Replaced,
+    RoundedRows,
+    replace_rounded,
+)
 
 NOTE = ("ggufkit.rounding", "gptq")
 ORDER = np.random.default_rng(1).permutation(12)
@@ -66,7 +72,7 @@ def test_puts_each_row_where_the_converter_did(dtype: str, ggml: Ggml, tmp_path:
     quantized, floats = pair(tmp_path, ggml, dtype)
     packed = np.random.default_rng(2).integers(0, 256, (12, 36), dtype=np.uint8)
     rows = weight(dtype)
-    names = replace_rounded(
+    told = replace_rounded(
         quantized,
         floats,
         tmp_path / "out.gguf",
@@ -76,7 +82,7 @@ def test_puts_each_row_where_the_converter_did(dtype: str, ggml: Ggml, tmp_path:
         ],
         NOTE,
     )
-    assert names == ["mixed.weight", "a.weight", "b.weight"]
+    assert told == Replaced(("mixed.weight", "a.weight", "b.weight"), 24 * 64, ())
     found = {t.name: np.asarray(t.data) for t in GGUFReader(tmp_path / "out.gguf").tensors}
     np.testing.assert_array_equal(found["mixed.weight"], packed[ORDER])
     np.testing.assert_array_equal(found["a.weight"], packed[:4])
@@ -84,29 +90,76 @@ def test_puts_each_row_where_the_converter_did(dtype: str, ggml: Ggml, tmp_path:
     assert read_gguf(tmp_path / "out.gguf").metadata[NOTE[0]] == NOTE[1]
 
 
-def test_leaves_other_types_alone(ggml: Ggml, tmp_path: Path) -> None:
+def test_says_what_is_left_alone(ggml: Ggml, tmp_path: Path) -> None:
     quantized, floats = pair(tmp_path, ggml, "F32")
-    other = RoundedRows(("mixed.weight",), "Q8_0", weight("F32"), np.zeros((12, 68), np.uint8))
+    rows = weight("F32")
+    packed = np.random.default_rng(2).integers(0, 256, (12, 36), dtype=np.uint8)
     out = tmp_path / "out.gguf"
-    assert replace_rounded(quantized, floats, out, [other], NOTE) == []
+    told = replace_rounded(
+        quantized,
+        floats,
+        out,
+        [
+            RoundedRows(("mixed.weight",), "Q8_0", rows, np.zeros((12, 68), np.uint8)),
+            RoundedRows(("a.weight", "elsewhere.weight"), "q4_0", rows, packed),
+        ],
+        NOTE,
+    )
+    assert told.names == ("a.weight",)
+    assert told.parameters == 4 * 64
+    assert told.left_alone == (
+        LeftAlone("mixed.weight", "Q4_0", 12 * 64, "was rounded to Q8_0"),
+        LeftAlone("b.weight", "Q4_0", 8 * 64, NOT_TRIED),
+    )
     before, after = (
         {t.name: bytes(np.asarray(t.data)) for t in GGUFReader(path).tensors}
         for path in (quantized, out)
     )
-    assert before == after
+    assert [name for name in before if before[name] != after[name]] == ["a.weight"]
+
+
+def test_rows_that_the_converter_changes_are_left_alone(ggml: Ggml, tmp_path: Path) -> None:
+    quantized, floats = pair(tmp_path, ggml, "F32")
+    rows = weight("F32")
+    packed = np.zeros((12, 36), np.uint8)
+    maps = [
+        RoundedRows(("mixed.weight",), "Q4_0", rows, packed),
+        RoundedRows(("a.weight",), "Q4_0", 2 * rows, packed),
+    ]
+    told = replace_rounded(quantized, floats, tmp_path / "out.gguf", maps, NOTE)
+    assert told.names == ("mixed.weight",)
+    assert told.left_alone[0].reason == "the converter changes its rows"
+
+
+def test_finer_rows_are_known_by_what_the_file_keeps_of_them(ggml: Ggml, tmp_path: Path) -> None:
+    """A BF16 tensor in an F16 file, say: its smallest weights lose bits there."""
+    for dtype in ("F16", "BF16"):
+        place = tmp_path / dtype
+        place.mkdir()
+        quantized, floats = pair(place, ggml, dtype)
+        finer = weight(dtype) * np.float32(1 + 2**-14)
+        map = RoundedRows(("mixed.weight",), "Q4_0", finer, np.zeros((12, 36), np.uint8))
+        told = replace_rounded(quantized, floats, place / "out.gguf", [map], NOTE)
+        assert told.names == ("mixed.weight",)
 
 
 def test_refuses_a_gguf_of_another_checkpoint(ggml: Ggml, tmp_path: Path) -> None:
     quantized, floats = pair(tmp_path, ggml, "F32")
     packed = np.zeros((12, 36), np.uint8)
     rows = weight("F32")
-    for names, weights, told in (
-        (("mixed.weight",), rows + 1, "the rows of 'mixed.weight' are not those"),
-        (("gone.weight",), rows, "no tensor 'gone.weight'"),
+    out = tmp_path / "out.gguf"
+    for names, weights, why in (
+        (("mixed.weight",), rows + 1, "mixed.weight: the converter changes its rows"),
+        (("gone.weight",), rows, "nothing of the maps that were rounded"),
     ):
         map = RoundedRows(names, "Q4_0", weights, packed)
-        with pytest.raises(CheckpointError, match=told):
-            replace_rounded(quantized, floats, tmp_path / "out.gguf", [map], NOTE)
+        with pytest.raises(CheckpointError, match=why):
+            replace_rounded(quantized, floats, out, [map], NOTE)
+        assert not out.exists()
     map = RoundedRows(("mixed.weight",), "Q4_0", rows, packed)
     with pytest.raises(CheckpointError, match="is Q4_0, not floats"):
-        replace_rounded(quantized, quantized, tmp_path / "out.gguf", [map], NOTE)
+        replace_rounded(quantized, quantized, out, [map], NOTE)
+    (tmp_path / "other").mkdir()
+    other = write(tmp_path / "other" / "f.gguf", {"x.weight": stored(rows, "F32")})
+    with pytest.raises(CheckpointError, match=r"has no tensor 'mixed\.weight'"):
+        replace_rounded(quantized, other, out, [map], NOTE)

@@ -107,6 +107,16 @@ def test_the_model_comes_nearer_to_the_original(
     assert near < 0.6 * far
 
 
+class Listening(Silent):
+    """Keeps what it is warned of."""
+
+    def __init__(self) -> None:
+        self.warned: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warned.append(message)
+
+
 class KilledError(Exception):
     pass
 
@@ -170,26 +180,63 @@ def test_inputs_that_are_always_zero_are_named(ggml: Ggml, tmp_path: Path) -> No
     path = make_checkpoint(tmp_path / "model")
     silence(path, "model.layers.0.mlp.up_proj.weight")
     index = open_checkpoint(path)
-    warned: list[str] = []
-
-    class Listening(Silent):
-        def warn(self, message: str) -> None:
-            warned.append(message)
-
-    facts = run(index, tmp_path / "out", ggml, plan_for(index), progress=Listening())
-    assert len(warned) == 1
+    heard = Listening()
+    warned = heard.warned
+    facts = run(index, tmp_path / "out", ggml, plan_for(index), progress=heard)
+    assert len(warned) == 2
+    assert "288 tokens, but the widest map has 512 inputs" in warned.pop(0)
     assert "model.layers.0.mlp.down_proj.weight keeps ggml's rounding" in warned[0]
     assert "always zero" in warned[0]
     assert np.isfinite(facts["loss"])
 
 
+def test_inputs_that_are_not_finite_are_named(
+    llama: CheckpointIndex, ggml: Ggml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    moments = rounding._BlockRounding.moments
+
+    def broken(self: Any, map: rounding.BlockMap) -> tuple[torch.Tensor, torch.Tensor]:
+        moment, drift = moments(self, map)
+        if map.name == name:
+            moment[3, 5] = float("nan")
+        return moment, drift
+
+    monkeypatch.setattr(rounding._BlockRounding, "moments", broken)
+    heard = Listening()
+    facts = run(llama, tmp_path, ggml, plan_for(llama), progress=heard)
+    assert f"{name} keeps ggml's rounding: the second moment of its inputs is not finite" in (
+        heard.warned
+    )
+    assert np.isfinite(facts["loss"])
+    kept = dict(read_rounded(tmp_path))[name]
+    weight = AutoModelForCausalLM.from_pretrained(llama.path).state_dict()[name]
+    plain = ggml.quantize(ggml.type("q4_0"), weight.float().numpy())
+    np.testing.assert_array_equal(kept, plain)
+
+
+def test_weights_that_do_not_fit_are_named(ggml: Ggml, tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "model")
+    multiply(path, "model.layers.0.mlp.up_proj.weight", 1e30)
+    index = open_checkpoint(path)
+    heard = Listening()
+    run(index, tmp_path / "out", ggml, plan_for(index), progress=heard)
+    assert "up_proj.weight keeps ggml's rounding: its weights do not fit into Q4_0" in (
+        " ".join(heard.warned)
+    )
+
+
 def silence(path: Path, name: str) -> None:
+    multiply(path, name, 0)
+
+
+def multiply(path: Path, name: str, factor: float) -> None:
     from safetensors.torch import load_file, save_file
 
     for shard in path.glob("*.safetensors"):
         tensors = load_file(shard)
         if name in tensors:
-            tensors[name].zero_()
+            tensors[name] *= factor
             save_file(tensors, shard, metadata={"format": "pt"})
 
 

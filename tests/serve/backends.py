@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from ggufkit.errors import ToolError, UsageError
 from ggufkit.llamacpp.batching import Decoded
+from ggufkit.llamacpp.images import Seen
 from ggufkit.llamacpp.sampling import SamplingParams, TokenLogprob
 from ggufkit.serve.requests import Adapters
 
@@ -94,12 +95,14 @@ class FakeBackend:
     ) -> None:
         self.context, self.cells = context, cells
         self.sequences, self.batch = sequences, batch
+        self.at_once = sequences
         self.can_trim = self.can_share = can_trim
         self.embedding_context = 16
         self.vocabulary = Letters()
         self.held: list[list[tuple[object, int]]] = [[] for _ in range(sequences)]
         self.outputs: dict[int, int] = {}
         self.batches: list[list[tuple[int, int]]] = []
+        self.seen: list[tuple[int, tuple[int, ...]]] = []
         self.samplers: list[Scripted] = []
         self.scripts: dict[int, list[int]] = {}
         self.adapters: Adapters = ()
@@ -127,10 +130,13 @@ class FakeBackend:
     def clear(self) -> None:
         self._batch = []
 
+    def rank(self, sequence: int) -> int:
+        return -sequence
+
     def add(self, sequence: int, position: int, tokens: Sequence[int], *, output: bool) -> int:
         assert 0 < len(tokens) <= self.room
-        assert position == len(self.held[sequence]), "positions must go on"
-        assert all(s != sequence for s, *_ in self._batch)
+        ahead = sum(len(t) for s, _, t, _ in self._batch if s == sequence)
+        assert position == len(self.held[sequence]) + ahead, "positions must go on"
         self._batch.append((sequence, position, tuple(tokens), output))
         return self.batch - self.room - 1
 
@@ -157,6 +163,15 @@ class FakeBackend:
                 self.outputs[place] = after([token for _, token in self.held[sequence]])
         self.batches.append([(s, len(tokens)) for s, _, tokens, _ in self._batch])
         self.used_adapters.append(self.adapters)
+        return Decoded.DONE
+
+    def see(self, sequence: int, position: int, image: Seen) -> Decoded:
+        assert position == len(self.held[sequence]), "positions must go on"
+        used = {id(cell) for held in self.held for cell, _ in held}
+        if len(used) + len(image.tokens) > self.cells:
+            return Decoded.FULL
+        self.held[sequence] += [(object(), token) for token in image.tokens]
+        self.seen.append((sequence, image.tokens))
         return Decoded.DONE
 
     def forget(self, sequence: int, start: int = 0) -> bool:

@@ -33,6 +33,8 @@ TEMPLATE = (
 class FakeWords(Letters):
     """A vocabulary of bytes that can tokenize."""
 
+    longest_piece = 1
+
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         return list(text.encode())
 

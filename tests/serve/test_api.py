@@ -30,6 +30,7 @@ def backend() -> FakeBackend:
     made = FakeBackend(context=4096, cells=32768, batch=512)
     made.scripts[1] = [*b"good day", 0]
     made.scripts[2] = [*f"Let me see. {CALL}".encode(), 0]
+    made.scripts[4] = [*f"{CALL}\n{CALL}".encode(), 0]
     made.scripts[3] = ["é€😀".encode()[n] for n in range(9)] + [0]
     return made
 
@@ -156,6 +157,19 @@ def test_calls_stream(api: Running) -> None:
     assert call["index"] == 0
     assert json.loads(call["function"]["arguments"]) == {"city": "Rome"}
     assert found[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_several_calls_unless_one_is_asked_for(api: Running) -> None:
+    for stream in (False, True):
+        for fields, count in (({}, 2), ({"parallel_tool_calls": False}, 1)):
+            answer = api.chat(seed=4, tools=[WEATHER], stream=stream, **fields)
+            told_of = (
+                [e["choices"][0]["delta"] for e in events(answer)]
+                if stream
+                else [answer.json()["choices"][0]["message"]]
+            )
+            calls = [call for part in told_of for call in part.get("tool_calls", [])]
+            assert len({call["id"] for call in calls}) == count
 
 
 def test_without_tools_a_call_is_text(api: Running) -> None:
@@ -374,6 +388,25 @@ def test_unknown_models_paths_and_methods(api: Running) -> None:
     told(api.http.get("/v1/chat/completions"), 405)
 
 
+def test_a_text_that_cannot_fit_is_not_even_tokenized(api: Running) -> None:
+    words = api.service.models.loaded[0].words
+    before, asked = words.tokenize, list[int]()
+    words.tokenize = lambda text, **_: asked.append(len(text)) or [1]  # type: ignore[method-assign,func-returns-value]
+    try:
+        error = told(api.complete("x" * 1_000_000), 400)
+    finally:
+        words.tokenize = before  # type: ignore[method-assign]
+    assert (error["code"], asked) == ("context_length_exceeded", [])
+    told(api.http.post("/tokenize", json={"content": "x" * (1 << 20) + "x"}), 400)
+
+
+def test_a_flood_of_messages_holds_nobody_up(api: Running) -> None:
+    body = {"messages": [{"role": "nobody"}] * 200_000}
+    assert "role" in told(api.http.post("/v1/chat/completions", json=body), 400)["message"]
+    body = {"messages": [{"role": "user", "content": ""}] * 10_001}
+    assert told(api.http.post("/v1/chat/completions", json=body), 400)["param"] == "messages"
+
+
 def test_a_large_request_is_refused(api: Running) -> None:
     error = told(api.chat("x" * 10_000_000), 413)
     assert error["code"] == "request_too_large"
@@ -432,6 +465,23 @@ def test_the_server_limits_lengths() -> None:
     with serving(hosted(), limits=Limits(max_tokens=4, shutdown_seconds=0.1)) as api:
         assert api.chat(max_tokens=50).json()["usage"]["completion_tokens"] == 4
         assert api.chat().json()["usage"]["completion_tokens"] == 4
+
+
+def test_pages_elsewhere_cannot_pass_for_this_machine() -> None:
+    """By a name of theirs that leads here, or by a form that browsers send unasked."""
+    with serving(hosted(), own_names=True) as api:
+        port = api.address[1]
+        for name in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "[::"):
+            response = api.http.get("/v1/models", headers={"Host": name})
+            assert told(response, 403)["code"] == "unknown_host"
+        for name in ("localhost", f"localhost:{port}", "[::1]:80", "10.0.0.7", "a.localhost"):
+            assert api.http.get("/v1/models", headers={"Host": name}).status_code == 200
+        body = b'{"prompt": "x"}'
+        for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+            told(
+                api.http.post("/v1/completions", content=body, headers={"Content-Type": kind}), 400
+            )
+        told(api.http.post("/v1/completions", content=body), 400)
 
 
 # Several models.

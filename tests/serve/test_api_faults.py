@@ -113,11 +113,11 @@ def test_more_connections_than_allowed_are_told_so() -> None:
     limits = Limits(connections=3, shutdown_seconds=0.1)
     with serving(hosted(), limits=limits) as api:
         idle = [socket.create_connection(api.address) for _ in range(3)]
-        eventually(lambda: len(api.server.open) == 3)
+        eventually(lambda: len(api.server.server_state.connections) == 3)
         assert told(api.http.get("/health"), 503)["code"] == "overloaded"
         for each in idle:
             each.close()
-        eventually(lambda: not api.server.open)
+        eventually(lambda: not api.server.server_state.connections)
         assert api.http.get("/health").status_code == 200
 
 
@@ -190,8 +190,32 @@ def test_a_client_that_stops_reading_is_cut_off() -> None:
             eventually(lambda: model.engine.metrics().running == 0)
             eventually(lambda: not api.service.active)
             # The connection of the client that asks now is the only one left.
-            eventually(lambda: len(api.server.open) <= 1)
+            eventually(lambda: len(api.server.server_state.connections) <= 1)
         assert set(model.engine.metrics().finished) <= {"cancelled", "slow", "length"}
+
+
+def test_a_whole_answer_that_nobody_reads_is_cut_off() -> None:
+    limits = Limits(send_seconds=0.3, shutdown_seconds=0.1)
+    model = hosted(FakeBackend(context=1 << 20, cells=1 << 21, batch=1 << 20))
+    asked = {"prompt": "x" * 600_000, "max_tokens": 1, "echo": True}
+    with serving(model, limits=limits) as api:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(api.address)
+            client.sendall(request(asked))
+            eventually(lambda: model.engine.metrics().finished["length"] == 1)
+            eventually(lambda: not api.server.server_state.connections)
+        (choice,) = api.complete(**asked).json()["choices"]
+        assert len(choice["text"]) == 600_001, "who reads gets it all"
+
+
+def test_a_large_request_is_refused_before_it_is_sent() -> None:
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 99999999999\r\nExpect: 100-continue\r\n\r\n"
+    )
+    with serving(hosted()) as api, connected(api, head) as client:
+        assert client.recv(100).startswith(b"HTTP/1.1 413 ")
 
 
 def test_a_request_that_does_not_arrive_is_not_waited_for() -> None:
@@ -239,6 +263,8 @@ def test_a_bug_is_told_without_its_secrets(caplog: pytest.LogCaptureFixture) -> 
     model.words.tokenize = None  # type: ignore[assignment,method-assign]
     with serving(model) as api:
         error = told(api.complete("x"), 500)
+        counts = api.http.get("/metrics").text
+    assert 'ggufkit_requests_total{path="/v1/completions",status="500"} 1.0' in counts
     assert error["message"] == "the server has a bug"
     assert "NoneType" in caplog.text
 
@@ -286,7 +312,7 @@ def test_memory_comes_back() -> None:
                 with connected(api, request({"prompt": f"{n}", "stream": True})) as client:
                     client.recv(10)
             eventually(lambda: model.engine.metrics().running == 0 and not api.service.active)
-            eventually(lambda: not api.server.open)
+            eventually(lambda: not api.server.server_state.connections)
             return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc") else 0
 
         before = rounds(20)

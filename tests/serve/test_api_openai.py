@@ -3,9 +3,10 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import openai
+import pydantic
 import pytest
 
 from ggufkit.llamacpp.batching import ContextOptions
@@ -120,6 +121,63 @@ def test_a_forced_call_is_one_whatever_the_model(model: Hosted, dialect: str) ->
     assert isinstance(arguments["hot"], bool)
 
 
+def test_a_conversation_with_functions(client: openai.OpenAI) -> None:
+    """What the client gave is handed back as it came, with the function's result."""
+    messages: list[Any] = [*USER]
+    for _ in range(2):
+        asked = {"tools": [WEATHER], "tool_choice": "required", "max_tokens": 200}
+        message = ask(client, messages, temperature=1, **asked).choices[0].message
+        (call,) = message.tool_calls
+        messages += [message, {"role": "tool", "tool_call_id": call.id, "content": "12 degrees"}]
+    free = ask(client, messages, tools=[WEATHER], parallel_tool_calls=False)
+    assert free.usage.completion_tokens == 8
+    assert free.usage.prompt_tokens_details.cached_tokens > 0
+
+
+def test_the_clients_helpers(client: openai.OpenAI) -> None:
+    """They check each event, and put the answer together again."""
+
+    class Found(pydantic.BaseModel):
+        sky: Literal["grey", "blue"]
+        hot: bool
+
+    asked: dict[str, Any] = {"model": "tiny", "messages": USER, "max_tokens": 100, "seed": 1}
+    whole = client.chat.completions.parse(response_format=Found, **asked)
+    assert isinstance(whole.choices[0].message.parsed, Found)
+    function = {**WEATHER["function"], "strict": True}  # type: ignore[dict-item]
+    called = {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
+    with client.chat.completions.stream(**asked, **called) as stream:  # type: ignore[arg-type]
+        kinds = {event.type for event in stream}
+        message = stream.get_final_completion().choices[0].message
+    assert "tool_calls.function.arguments.done" in kinds
+    assert message.tool_calls is not None
+    assert message.tool_calls[0].function.name == "weather"
+
+
+def test_completions_of_many_kinds(client: openai.OpenAI, model: Hosted) -> None:
+    def complete(prompt: Any = "Once upon", **fields: Any) -> Any:
+        asked = {"max_tokens": 6, "temperature": 0, **fields}
+        return client.completions.create(model="tiny", prompt=prompt, **asked)
+
+    (choice,) = complete().choices
+    streamed = list(complete(stream=True, stream_options={"include_usage": True}))
+    assert "".join(c.text for e in streamed for c in e.choices) == choice.text
+    assert streamed[-1].usage.completion_tokens == complete().usage.completion_tokens == 6
+    assert complete(model.tokenize("Once upon")).choices[0].text == choice.text
+    assert [c.text for c in complete(["Once upon"] * 2, n=2).choices] == [choice.text] * 4
+    assert complete(echo=True).choices[0].text == f"Once upon{choice.text}"
+    assert complete(stop=choice.text[-2:]).choices[0].finish_reason == "stop"
+    drawn = {"temperature": 1.5, "top_p": 0.9, "presence_penalty": 1, "seed": 3, "user": "u"}
+    assert complete(**drawn).choices[0].text == complete(**drawn).choices[0].text
+
+
+def test_the_models_are_listed(client: openai.OpenAI) -> None:
+    (found,) = client.models.list().data
+    assert found == client.models.retrieve("tiny")
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("a/b")
+
+
 def test_answers_follow_schemas_and_grammars(client: openai.OpenAI) -> None:
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
@@ -156,11 +214,13 @@ def test_prompts_are_scored_as_answers_are(client: openai.OpenAI, model: Hosted)
         assert value == max(top.values()), "the greedy answer is the likeliest"
 
 
-def test_embeddings(client: openai.OpenAI) -> None:
+def test_embeddings(client: openai.OpenAI, model: Hosted) -> None:
     texts = ["one text", "another", "one text"]
     rows = client.embeddings.create(model="tiny", input=texts).data
     assert rows[0].embedding == pytest.approx(rows[2].embedding)
     assert rows[0].embedding != pytest.approx(rows[1].embedding)
+    tokens = client.embeddings.create(model="tiny", input=[model.tokenize(t) for t in texts]).data
+    assert tokens[1].embedding == pytest.approx(rows[1].embedding)
     plain = client.embeddings.create(model="tiny", input="one text", encoding_format="float")
     assert plain.data[0].embedding == pytest.approx(rows[0].embedding, abs=1e-6)
 

@@ -8,7 +8,7 @@ import pytest
 from gguf import GGUFWriter
 
 from ggufkit.errors import IntegrityError, SourceError, ToolError, UsageError
-from ggufkit.llamacpp import runtime
+from ggufkit.llamacpp import devices
 from ggufkit.llamacpp.batching import ContextOptions, ModelOptions
 from ggufkit.llamacpp.conversing import NoTemplateError
 from ggufkit.llamacpp.metadata import Metadata
@@ -62,9 +62,7 @@ def say(model: ChatModel, messages: list[Message], sampling: Sampling = GREEDY) 
 def test_layers_for_a_gpu_that_is_not_there_are_said(
     demo_gguf: Path, native: NativeBuild, model: ChatModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    library = runtime.load_llama_cpp(native)
-    monkeypatch.setattr(library, "llama_supports_gpu_offload", lambda: False)
-    assert not runtime.supports_gpu_offload(native)
+    monkeypatch.setattr(devices, "places_for_layers", lambda build, endpoints: ())
     for backend, message in (("cpu", "CPU-only build"), ("cuda", "is for cuda, but sees no")):
         warnings = Warnings()
         build = replace(native, backend=backend)

@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -54,13 +54,11 @@ class Service:
     Attributes:
         models: the models.
         limits: what clients may ask.
-        abort: ends the connection of a client (its host and port) at once.
         active: what is on its way through engines.
     """
 
     models: Models
     limits: Limits = field(default_factory=Limits)
-    abort: Callable[[Any], None] = lambda client: None
     active: set[Ticket] = field(default_factory=set)
 
     def give_up(self) -> None:
@@ -101,7 +99,7 @@ class Service:
                 first = await anext(events, nothing)
                 told = [*answer.opening(), *_told(answer, first)]
                 rest = stack.pop_all()
-                return _Stream(self, told, answer, events, rest)
+                return _Stream(told, answer, events, rest)
             async for batch in events:
                 for _ in _told(answer, batch):
                     pass
@@ -224,7 +222,6 @@ class _Stream(Response):
 
     def __init__(
         self,
-        service: Service,
         told: list[dict[str, Any]],
         answer: Answer,
         events: AsyncIterator[_Batch],
@@ -232,7 +229,6 @@ class _Stream(Response):
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._service = service
         self._told = told
         self._answer = answer
         self._events = events
@@ -241,19 +237,11 @@ class _Stream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
         async with self._stack:
-            try:
+            with suppress(ClientGoneError):
                 await self._send_all(send)
-            except ClientGoneError:
-                return
-            except TimeoutError:
-                # Closing would wait for what was not read to be read.
-                self._service.abort(scope.get("client"))
-                await asyncio.sleep(0.01)
 
     async def _send_all(self, send: Send) -> None:
-        await self._send(
-            send, {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        )
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             await self._body(send, b"".join(map(_event, self._told)))
             async for batch in self._events:
@@ -262,14 +250,10 @@ class _Stream(Response):
             rest = b"".join(map(_event, self._answer.closing())) + b"data: [DONE]\n\n"
         except GgufkitError as error:
             rest = _event(as_api_error(error).body)
-        await self._send(send, {"type": "http.response.body", "body": rest, "more_body": False})
+        await send({"type": "http.response.body", "body": rest, "more_body": False})
 
     async def _body(self, send: Send, body: bytes) -> None:
-        await self._send(send, {"type": "http.response.body", "body": body, "more_body": True})
-
-    async def _send(self, send: Send, message: dict[str, Any]) -> None:
-        async with asyncio.timeout(self._service.limits.send_seconds):
-            await send(message)
+        await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
 def _event(value: dict[str, Any]) -> bytes:

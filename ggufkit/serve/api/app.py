@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -10,14 +9,13 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.staticfiles import StaticFiles
 
 from ggufkit import __version__
 from ggufkit.errors import GgufkitError
 from ggufkit.serve.api import chat, completions, embeddings, status, tokens
 from ggufkit.serve.api.answering import Service
 from ggufkit.serve.api.errors import ApiError, as_api_error
-from ggufkit.serve.api.limits import BodyLimit, Keys, error_response
+from ggufkit.serve.api.limits import BodyLimit, Keys, OwnNames, error_response
 from ggufkit.serve.api.metrics import Counting, registry_of
 
 
@@ -26,7 +24,8 @@ def create_app(
     *,
     keys: Sequence[str] = (),
     origins: Sequence[str] = (),
-    page: Path | None = None,
+    own_names: bool = False,
+    ui: bool = False,
 ) -> FastAPI:
     """The application.
 
@@ -34,7 +33,9 @@ def create_app(
         service: models and limits.
         keys: API keys that let in; none lets everybody in.
         origins: web pages that may ask from a browser (CORS); none but our own.
-        page: directory of a web page to show at ``/``.
+        own_names: whether it may be asked under this machine's own names alone.
+        ui: whether there is a page to chat in the browser; one application of a
+            process can have it.
     """
 
     @asynccontextmanager
@@ -54,10 +55,17 @@ def create_app(
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(Exception, _on_bug)
-    if page is not None:
-        app.mount("/", StaticFiles(directory=page, html=True), name="page")
+    # The first tells nothing but that the server is there.
+    open_to_all: tuple[str, ...] = ("/health",)
+    if ui:
+        # The package that it needs may be missing, and takes time to load.
+        from ggufkit.serve.ui.mounting import PATHS, mount
+
+        mount(app)
+        open_to_all += PATHS
+    app.state.ui = ui
     app.add_middleware(BodyLimit, limits=service.limits)
-    app.add_middleware(Keys, keys=keys)
+    app.add_middleware(Keys, keys=keys, open_to_all=open_to_all)
     if origins:
         app.add_middleware(
             CORSMiddleware,
@@ -65,6 +73,8 @@ def create_app(
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type"],
         )
+    if own_names:
+        app.add_middleware(OwnNames)
     paths = frozenset(app.openapi()["paths"])
     app.add_middleware(Counting, registry=registry, paths=lambda: paths)
     return app
@@ -95,4 +105,7 @@ def _on_invalid(_: Request, error: Exception) -> Response:
 
 def _on_bug(_: Request, error: Exception) -> Response:
     # The traceback is logged; clients are told no secrets.
-    return error_response(ApiError(500, "the server has a bug", code="internal_error"))
+    told = error_response(ApiError(500, "the server has a bug", code="internal_error"))
+    # uvicorn closes the connection, so nobody must ask on it again.
+    told.headers["Connection"] = "close"
+    return told

@@ -79,7 +79,7 @@ def _plan(hosted: Hosted, asked: ChatRequest, limits: Limits, user: str) -> _Pla
     requests = engine_requests(
         hosted,
         asked,
-        hosted.tokenize(text),
+        hosted.tokens_of(text),
         limits=limits,
         user=user,
         max_tokens=asked.limit,
@@ -121,6 +121,7 @@ class _Answer:
         self._hosted = hosted
         self._wants_usage = bool(asked.stream_options and asked.stream_options.include_usage)
         self._wants_logprobs = asked.top is not None
+        self._one_call = asked.parallel_tool_calls is False
         self._spent = Spent()
         self._base = {
             "id": new_id("chatcmpl"),
@@ -164,6 +165,8 @@ class _Answer:
         calls: list[ToolCall],
         logprobs: list[dict[str, Any]],
     ) -> Iterator[dict[str, Any]]:
+        if self._one_call:
+            calls = calls[: 1 - len(choice.calls)]
         if not (text or calls or logprobs):
             return
         delta: dict[str, Any] = {"content": text} if text or not calls else {}

@@ -3,17 +3,20 @@
 import asyncio
 import hashlib
 import hmac
+import ipaddress
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketClose
 
 from ggufkit.serve.api.errors import ApiError
 from ggufkit.serve.api.options import Limits
 
-OPEN_PATHS = ("/health",)
-"""What needs no key: it tells nothing but that the server is there."""
+_DROPPED = 8
+"""Times the limit: so much of a request that is too large is read before it is refused."""
 
 
 def error_response(error: ApiError) -> JSONResponse:
@@ -27,18 +30,22 @@ class Keys:
     Args:
         app: the application behind it.
         keys: the keys; none lets everybody in.
+        open_to_all: paths that need no key; one that ends with a slash stands for all below.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str] = ()) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: Sequence[str] = (), open_to_all: Sequence[str] = ()
+    ) -> None:
         self._app = app
+        self._open = frozenset(open_to_all)
+        self._open_below = tuple(path for path in open_to_all if path[1:].endswith("/"))
         self._digests = [_digest(key) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or refuse it."""
         if scope["type"] == "http":
             given = _bearer(scope)
-            open_to_all = not self._digests or scope["path"] in OPEN_PATHS
-            if not open_to_all and not self._knows(given):
+            if not self._is_open(scope["path"]) and not self._knows(given):
                 told = "the API key is wrong" if given else "an API key is needed"
                 refusal = ApiError(
                     401, f"{told}: Authorization: Bearer KEY", code="invalid_api_key"
@@ -50,6 +57,9 @@ class Keys:
                 _digest(given).hex() if self._digests and given else client[0] if client else ""
             )
         await self._app(scope, receive, send)
+
+    def _is_open(self, path: str) -> bool:
+        return not self._digests or path in self._open or path.startswith(self._open_below)
 
     def _knows(self, given: str) -> bool:
         digest = _digest(given)
@@ -67,6 +77,43 @@ def _bearer(scope: Scope) -> str:
             kind, _, key = value.decode("utf-8", "surrogateescape").partition(" ")
             return key.strip() if kind.lower() == "bearer" else ""
     return ""
+
+
+class OwnNames:
+    """Refuses requests under a name that is not this machine's own.
+
+    A web page can let its name lead to 127.0.0.1 after it was loaded, and is then no
+    stranger to the browser. What it cannot change is the name that it asks under.
+
+    Args:
+        app: the application behind it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or refuse it."""
+        host = dict(scope.get("headers", ())).get(b"host", b"").decode("latin-1")
+        if _is_own(host):
+            await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await WebSocketClose()(scope, receive, send)
+        else:
+            told = f"'{host[:100]}' is not localhost; other names need the option --api-key"
+            refusal = ApiError(403, told, code="unknown_host")
+            await error_response(refusal)(scope, receive, send)
+
+
+def _is_own(host: str) -> bool:
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        if name in ("", "localhost") or name.endswith(".localhost"):
+            return True
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 class BodyLimit:
@@ -98,24 +145,34 @@ class BodyLimit:
             await self._app(scope, _again(body, receive), send)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The body; None if the client went away."""
         most = self._limits.body_nbytes
-        told = dict(scope["headers"]).get(b"content-length", b"0")
-        if told.isdigit() and int(told[:20]) > most:
+        headers = dict(scope["headers"])
+        length = headers.get(b"content-length", b"0")
+        too_large = length.isdigit() and int(length[:20]) > most
+        if too_large and b"expect" in headers:
             raise _too_large(most)
-        body = bytearray()
+        body, seen = bytearray(), 0
         try:
             async with asyncio.timeout(self._limits.receive_seconds):
-                while True:
+                more = True
+                # Most clients listen only when they have sent all, so what is too
+                # large is read on and dropped, unless there is no end to it.
+                while more and seen <= most * _DROPPED:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
-                    body += message.get("body", b"")
-                    if len(body) > most:
-                        raise _too_large(most)
-                    if not message.get("more_body", False):
-                        return bytes(body)
+                    piece = message.get("body", b"")
+                    more = message.get("more_body", False)
+                    seen += len(piece)
+                    too_large = too_large or seen > most
+                    if not too_large:
+                        body += piece
         except TimeoutError:
             raise ApiError(408, "the request did not arrive in time", code="timeout") from None
+        if too_large:
+            raise _too_large(most)
+        return bytes(body)
 
 
 def _too_large(most: int) -> ApiError:

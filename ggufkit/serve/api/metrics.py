@@ -117,6 +117,9 @@ class Counting:
 
         try:
             await self._app(scope, receive, noting)
+        except Exception:
+            status = "500"  # told from further out
+            raise
         finally:
             path = scope["path"] if scope["path"] in self._paths() else "other"
             self._requests.labels(path, status).inc()

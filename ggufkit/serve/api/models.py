@@ -62,7 +62,7 @@ class Models:
         self._entries = {offer.name: _Entry(offer) for offer in offers}
         self._limit = limit_nbytes
         self._wait = wait_seconds
-        self._freed = asyncio.Condition()
+        self._freed = asyncio.Event()
         self._one_load = asyncio.Lock()
         self._closing = False
 
@@ -116,8 +116,7 @@ class Models:
         finally:
             entry.users -= 1
             entry.used = time.monotonic()
-            async with self._freed:
-                self._freed.notify_all()
+            self._freed.set()
 
     async def _ready(self, entry: _Entry) -> Hosted:
         if entry.hosted is not None and entry.hosted.engine.healthy:
@@ -148,11 +147,12 @@ class Models:
         if self._limit is None:
             return
         try:
-            async with asyncio.timeout(self._wait), self._freed:
+            async with asyncio.timeout(self._wait):
                 while loaded := [e for e in self._entries.values() if e.hosted]:
                     if sum(e.offer.nbytes for e in loaded) + offer.nbytes <= self._limit:
                         return
                     idle = [e for e in loaded if e.users == 0]
+                    self._freed.clear()
                     if idle:
                         await self._unload(min(idle, key=lambda e: e.used))
                     else:

@@ -1,7 +1,6 @@
 """How models are served. Needs none of the packages that serve them."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from ggufkit.serve.hosting import HostOptions
 
@@ -18,7 +17,7 @@ class Limits:
         timeout_seconds: from the request to the end of its answer.
         connections: clients that are connected at once.
         receive_seconds: for a request to arrive as a whole.
-        send_seconds: for a client to read what was sent to it.
+        send_seconds: for a client to read at least some of what was sent to it.
         shutdown_seconds: for answers to finish when the server is told to end.
     """
 
@@ -44,7 +43,7 @@ class ServeOptions:
             machine's if there are several.
         limits: what clients may ask.
         hosting: how models are loaded.
-        page: directory of a web page to show at ``/``.
+        ui: whether there is a page to chat in the browser.
     """
 
     host: str = "127.0.0.1"
@@ -54,4 +53,4 @@ class ServeOptions:
     memory_nbytes: int | None = None
     limits: Limits = field(default_factory=Limits)
     hosting: HostOptions = field(default_factory=HostOptions)
-    page: Path | None = None
+    ui: bool = False

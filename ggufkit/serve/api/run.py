@@ -47,6 +47,8 @@ def run(
     options = options or ServeOptions()
     if not all(options.keys):
         raise UsageError("an API key is empty")
+    if options.ui:
+        _check_page()
     if len(models) > 1 and options.hosting.model.adapters:
         raise UsageError(
             "LoRA adapters fit one model, and several are served", "Serve that model alone"
@@ -60,6 +62,17 @@ def run(
                 "to ask for a key: --api-key KEY"
             )
         asyncio.run(_serve(offers, limit, options, sock, on_start))
+
+
+def _check_page() -> None:
+    """Look for what the page needs before models are loaded."""
+    try:
+        import ggufkit.serve.ui.mounting  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"for the web page, the package '{error.name}' is needed",
+            "pip install 'ggufkit[ui]'",
+        ) from error
 
 
 def _offer(name: str, path: Path, hosting: HostOptions, progress: Progress) -> Offer:
@@ -107,7 +120,13 @@ async def _serve(
         # Who types commands is told what is wrong itself.
         raise error.__cause__ if isinstance(error.__cause__, GgufkitError) else error from None
     silence_logs()
-    app = create_app(service, keys=options.keys, origins=options.origins, page=options.page)
+    app = create_app(
+        service,
+        keys=options.keys,
+        origins=options.origins,
+        own_names=not options.keys and _is_local(options.host),
+        ui=options.ui,
+    )
     started = partial(on_start, _address(sock), first)
     await Server(app, service, started).serve([sock])
 

@@ -17,6 +17,10 @@ MOST_CHOICES = 16
 MOST_INPUTS = 2048
 _MOST_TOP = 20
 _MOST_TOOLS = 128
+_MOST_MESSAGES = 10_000
+"""To read them holds up everybody."""
+_LONGEST_TEXT = 1 << 20
+"""Characters; some texts of more would take minutes."""
 _DEFAULT_COMPLETION = 16
 """OpenAI's default for completions."""
 
@@ -140,7 +144,7 @@ class ChatMessage(_Schema):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = None
     tool_calls: list[CallMade] | None = None
     tool_call_id: str | None = None
@@ -242,7 +246,9 @@ class ResponseFormat(_Schema):
 class ChatRequest(SamplingFields):
     """What ``/v1/chat/completions`` takes."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[
+        list[ChatMessage], Field(min_length=1, max_length=_MOST_MESSAGES, fail_fast=True)
+    ]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=_MOST_TOP)] | None = None
@@ -324,8 +330,8 @@ class TokenizeRequest(_Schema):
     """What ``/tokenize`` takes; ``prompt`` is another name of ``content``."""
 
     model: str | None = None
-    content: str | None = None
-    prompt: str | None = None
+    content: Annotated[str, Field(max_length=_LONGEST_TEXT)] | None = None
+    prompt: Annotated[str, Field(max_length=_LONGEST_TEXT)] | None = None
     special: bool = True
 
 

@@ -8,8 +8,8 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -21,6 +21,8 @@ from ggufkit.serve.api.options import Limits
 _KEEP_ALIVE_SECONDS = 30
 _AFTER_GIVING_UP_SECONDS = 5
 _SEND_NBYTES = 128 << 10
+_MESSAGE_NBYTES = 1 << 20
+"""What the page may say at once; it says what is typed."""
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\n"
     b"retry-after: 1\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%s"
@@ -46,36 +48,28 @@ class Server(uvicorn.Server):
     def __init__(
         self, app: FastAPI, service: Service, on_start: Callable[[], None] = lambda: None
     ) -> None:
-        limits = service.limits
-        server = self
 
         class Connection(_Connection):
-            def __init__(self, *args: Any, **options: Any) -> None:
-                super().__init__(*args, **options)
-                self.limits = limits
-                self.open = server.open
+            limits = service.limits
 
         super().__init__(
             uvicorn.Config(
                 app,
                 http=Connection,
-                ws="none",
+                ws="websockets-sansio" if app.state.ui else "none",
+                ws_max_size=_MESSAGE_NBYTES,
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                # Anybody on this machine could pass for another client.
+                proxy_headers=False,
                 timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=int(limits.shutdown_seconds) + _AFTER_GIVING_UP_SECONDS,
+                timeout_graceful_shutdown=int(service.limits.shutdown_seconds)
+                + _AFTER_GIVING_UP_SECONDS,
             )
         )
-        self.open: dict[Any, asyncio.Transport] = {}
         self._service = service
         self._on_start = on_start
-        service.abort = self._abort
-
-    def _abort(self, client: Any) -> None:
-        transport = self.open.get(_address(client))
-        if transport is not None:
-            transport.abort()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen."""
@@ -114,33 +108,29 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def _address(client: Any) -> Any:
-    return tuple(client) if client else None
-
-
 class _Connection(H11Protocol):
-    """A connection that must send its request in time, and that can be cut."""
+    """A connection that must send its requests and read its answers in time."""
 
     limits: Limits
-    open: dict[Any, asyncio.Transport]
     _impatience: asyncio.TimerHandle | None = None
+    _stalling: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        # Tell of the first byte that the system does not take.
+        transport.set_write_buffer_limits(high=0)
         if len(self.connections) > self.limits.connections:
             transport.write(_FULL % (len(_FULL_TOLD), _FULL_TOLD))
             transport.close()
             return
-        self.open[_address(self.client)] = transport
         self._be_impatient()
 
-    def _be_impatient(self) -> None:
-        if self._impatience is None:
-            self._impatience = self.loop.call_later(self.limits.receive_seconds, self._give_up)
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._be_patient()
+        self._be_read()
+        super().connection_lost(exc)
 
-    def _give_up(self) -> None:
-        """No request has come, or not even all of its headers."""
-        self.transport.abort()
+    # Requests must arrive.
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
@@ -149,15 +139,50 @@ class _Connection(H11Protocol):
         if before is None or before.response_complete:
             self._be_impatient()
         super().data_received(data)
-        if self.cycle is not before and self._impatience is not None:
+        if self.cycle is not before:
+            self._be_patient()
+
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        self._be_patient()
+        super().handle_websocket_upgrade(event)
+
+    def _be_impatient(self) -> None:
+        """Cut the connection unless a request comes, with all of its headers."""
+        if self._impatience is None:
+            self._impatience = self.loop.call_later(
+                self.limits.receive_seconds, self.transport.abort
+            )
+
+    def _be_patient(self) -> None:
+        if self._impatience is not None:
             self._impatience.cancel()
             self._impatience = None
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._impatience is not None:
-            self._impatience.cancel()
-        self.open.pop(_address(self.client), None)
-        super().connection_lost(exc)
+    # Answers must be read.
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._be_read()
+
+    def _watch(self, unread: int) -> None:
+        self._stalling = self.loop.call_later(self.limits.send_seconds, self._look, unread)
+
+    def _look(self, before: int) -> None:
+        """Cut the connection if its client has read nothing since the last look."""
+        unread = self.transport.get_write_buffer_size()
+        if unread < before:
+            self._watch(unread)
+        else:
+            self.transport.abort()
+
+    def _be_read(self) -> None:
+        if self._stalling is not None:
+            self._stalling.cancel()
+            self._stalling = None
 
 
 def listen(host: str, port: int) -> socket.socket:

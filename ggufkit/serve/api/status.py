@@ -19,7 +19,7 @@ async def models(http: HttpRequest) -> dict[str, Any]:
     return {"object": "list", "data": [_told(http, o) for o in service_of(http).models.offers]}
 
 
-@router.get("/v1/models/{name}", summary="One of the models")
+@router.get("/v1/models/{name:path}", summary="One of the models")
 async def model(http: HttpRequest, name: str) -> dict[str, Any]:
     """One model, if there is one of that name."""
     return _told(http, service_of(http).models.find(name))

@@ -1,0 +1,1 @@
+"""A page to chat in the browser; the only place for NiceGUI."""
