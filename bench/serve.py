@@ -119,7 +119,17 @@ class Report:
         """A line."""
         self.rows.append(row)
         verdict = {True: "met", False: "MISSED", None: ""}[row.met]
-        print(f"{row.model:<8}{row.what:<58}{row.figure:<32}{row.goal:<16}{verdict}", flush=True)
+        print(f"{row.model:<8}{row.what:<66}{row.figure:<32}{row.goal:<16}{verdict}", flush=True)
+
+    def markdown(self) -> str:
+        """The lines as a table."""
+        head = ["| model | what | measured | goal |", "|---|---|---|---|"]
+        return "\n".join(
+            [
+                *head,
+                *(f"| {r.model} | {r.what.strip()} | {r.figure} | {r.goal} |" for r in self.rows),
+            ]
+        )
 
     def ratio(
         self, model: str, what: str, found: Sequence[float], least: float | None, most: float | None
@@ -145,6 +155,7 @@ def main() -> None:
     parser.add_argument("--no-large", action="store_true", help="leave out the larger model")
     parser.add_argument("--no-packaged", action="store_true", help="leave out llama_cpp.server")
     parser.add_argument("--quick", action="store_true", help="few rounds, few requests")
+    parser.add_argument("--markdown", action="store_true", help="print a table in the end")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     options = parser.parse_args()
     binary = options.server or servers.build_llama_server()
@@ -161,6 +172,8 @@ def main() -> None:
         large = large_model(small, place)
         plan = Plan(1 if options.quick else 2, scale=0.25, full=False)
         measure("large", large, binary, python, options.users, plan, report)
+    if options.markdown:
+        print(report.markdown())
     if options.json:
         rows = [asdict(row) for row in report.rows]
         options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from bench.processes import GGUFKIT, checked
 from ggufkit import settings
 from ggufkit.llamacpp import building, host, toolchain
-from ggufkit.llamacpp.pin import native_dir, read_pin
+from ggufkit.llamacpp.pin import Pin, native_dir, read_pin
 
 _FLAGS = ("-DGGUFKIT_LLAMA_SERVER=ON",)
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -242,26 +244,31 @@ def build_llama_server() -> Path:
     pin, compiler, cpu = read_pin(), building.find_compiler(), host.cpu_identity()
     key = building.build_key(pin.sha256, "cpu", _FLAGS, compiler, cpu)
     place = settings.cache_dir() / "bench" / f"llama-server-{key}"
-    binary = place / "build" / "bin" / "llama-server"
-    if (place / "finished").exists():
-        return binary
+    place.mkdir(parents=True, exist_ok=True)
+    with FileLock(place / ".lock"):
+        if not (place / "finished").exists():
+            print("building llama-server; this takes minutes, once", file=sys.stderr)
+            _build(place, pin)
+            (place / "finished").touch()
+    return place / "build" / "bin" / "llama-server"
+
+
+def _build(place: Path, pin: Pin) -> None:
+    """What a killed build has left is gone on with."""
     building.require_cmake()
-    print("building llama-server; this takes minutes, once", file=sys.stderr)
-    tree = place / "llama.cpp"
+    tree, directory = place / "llama.cpp", place / "build"
     building.unpack(building.fetch_archive(pin), tree)
     log = building.log_file("llama-server")
     ninja = ["-G", "Ninja"] if shutil.which("ninja") else []
-    configure = ["cmake", "--preset", "cpu", "-B", place / "build", *ninja, *_FLAGS]
+    configure = ["cmake", "--preset", "cpu", "-B", directory, *ninja, *_FLAGS]
     configure += [f"-DLLAMA_CPP_SOURCE_DIR={tree}", f"-DLLAMA_BUILD_COMMIT={pin.commit}"]
-    compile_ = ["cmake", "--build", place / "build", "--target", "llama-server"]
+    compile_ = ["cmake", "--build", directory, "--target", "llama-server"]
     compile_ += ["--config", "Release", "--parallel", str(settings.threads())]
     for command in ([*configure, "-DLLAMA_BUILD_NUMBER=0"], compile_):
         ran = toolchain.run(command, cwd=native_dir(), log=log)
         if ran.returncode != 0:
             sys.exit(f"llama-server cannot be built; see {log}")
     shutil.rmtree(tree)
-    (place / "finished").touch()
-    return binary
 
 
 def packaged_python() -> Path:

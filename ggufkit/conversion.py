@@ -774,12 +774,10 @@ class Conversion:
     @cached_property
     def _sequences_to_refine(self) -> "torch.Tensor":
         """More of the calibration text than rounding sees, without what is held back."""
-        import torch
-
         from ggufkit.scaling.refine import without
 
         more = self._cut(_MORE_TO_REFINE * self.calibration.samples)
-        return without(torch.cat([more.tokens, more.held_back]), self.sequences.held_back)
+        return without((more.tokens, more.held_back), self.sequences.held_back)
 
     def _changes(self, scales: Artifact | None) -> "dict[str, Change]":
         """What the fold of scales does to each tensor."""

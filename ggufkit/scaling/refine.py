@@ -14,7 +14,7 @@ one block, the hidden states of one step, and of the learned factors four floats
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,8 +95,17 @@ def forecast(
     return step + held + states + 4 * 8 * length * vocabulary
 
 
-def without(sequences: "torch.Tensor", others: "torch.Tensor") -> "torch.Tensor":
-    """The sequences that share no run of :data:`RUN` tokens with any of some others."""
+def without(pieces: "Sequence[torch.Tensor]", others: "torch.Tensor") -> "torch.Tensor":
+    """Of some pieces of text the sequences that share no run of tokens with any of some others.
+
+    Args:
+        pieces: token ids, each of shape (sequences, tokens).
+        others: token ids, likewise; what they share with is left out, if it has
+            :data:`RUN` tokens.
+    """
+    import torch
+
+    sequences = torch.cat(list(pieces))
     seen = {tuple(run) for other in others.tolist() for run in _runs(other)}
     alone = [not any(tuple(run) in seen for run in _runs(own)) for own in sequences.tolist()]
     kept: torch.Tensor = sequences[alone]

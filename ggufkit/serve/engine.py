@@ -3,9 +3,10 @@
 One thread owns the backend (model and context). In each step it computes one
 batch: first the next token of every answer that is being written, then as much
 of the waiting prompts as fits; while there are some, every other batch is theirs
-alone. So a long prompt slows the others down and never stops them. What sequences hold is remembered after their answers, and a prompt
-that begins like one of them, or like one that is being computed right now,
-takes over that beginning.
+alone. So a long prompt slows the others down and never stops them. What
+sequences hold is remembered after their answers, and a prompt that begins like
+one of them, or like one that is being computed right now, takes over that
+beginning.
 
 Requests come from any thread by :meth:`Engine.submit`; a
 :class:`~ggufkit.serve.requests.Ticket` carries the events back.

@@ -7,11 +7,10 @@ from typing import Protocol
 from ggufkit.errors import ToolError
 from ggufkit.llamacpp.batching import BatchContext, ContextOptions, Decoded, Model
 from ggufkit.llamacpp.sampling import SamplingParams
-from ggufkit.serve.requests import BusyError, ChosenToken, ClosedError
+from ggufkit.serve.requests import ChosenToken, ClosedError
 
 _AT_ONCE = 64
 """Tokens of a batch. Each has an output, a row as wide as the vocabulary."""
-_MOST_WAITING = 64
 
 
 class TextScorer(Protocol):
@@ -41,7 +40,6 @@ class Scorer:
         self._options = options
         self._context: BatchContext | None = None
         self._lock = threading.Lock()
-        self._waiting = 0
         self._closed = False
 
     def score(
@@ -55,18 +53,11 @@ class Scorer:
             wanted: asked now and then; if not, the work ends early.
 
         Raises:
-            BusyError: if too many texts wait.
-            ClosedError: if it is closed.
+            ClosedError: if it is closed, or not wanted any more.
             ToolError: if llama.cpp fails.
         """
-        if self._waiting >= _MOST_WAITING:
-            raise BusyError(f"{self._waiting} texts wait to be scored already", "Try again later")
-        self._waiting += 1
-        try:
-            with self._lock:
-                return self._score(self._ready(), tokens, top, wanted)
-        finally:
-            self._waiting -= 1
+        with self._lock:
+            return self._score(self._ready(), tokens, top, wanted)
 
     def _ready(self) -> BatchContext:
         if self._closed:

@@ -249,7 +249,7 @@ def test_a_chat_whose_server_is_gone_leaves_the_terminal_as_it_was(
     server = Server(native)
     screen = Terminal(tmp_path, gguf, "--rpc", server.endpoint, "-c", "128", "--temp", "0")
     try:
-        screen.expect("to leave")
+        screen.expect_prompt()
         server.end()
         screen.enter("Hello")
         screen.expect("an RPC server went away")

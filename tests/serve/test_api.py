@@ -254,6 +254,9 @@ def test_what_cannot_be_is_refused(api: Running) -> None:
     assert "not among" in told(api.complete([-1], echo=True, logprobs=1), 400)["message"]
     assert "empty" in told(api.complete(""), 400)["message"]
     assert told(api.complete([[]]), 400)
+    assert told(api.complete(["x"] * 1025, n=2), 400)["param"] == "n"
+    many = api.complete(["x" * 4000] * 24, echo=True, logprobs=20)
+    assert told(many, 400)["param"] == "logprobs"
 
 
 # Embeddings and tokens.
@@ -353,6 +356,7 @@ def test_malformed_requests(api: Running, body: bytes) -> None:
         {"n": 1000},
         {"stop": ""},
         {"stop": ["x"] * 100},
+        {"stop": "x" * 257},
         {"logit_bias": {"-1": 1}},
         {"logit_bias": {"x": 1}},
         {"logit_bias": {"1": 1e30}},

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -18,8 +18,9 @@ from ggufkit.llamacpp.conversing import ChatTemplate
 from ggufkit.llamacpp.rendering import Renderer, TemplateStoppedError
 from ggufkit.llamacpp.template import TemplateError
 from ggufkit.serve.api.options import Limits
+from ggufkit.serve.requests import ChosenToken, ClosedError
 from tests.serve.backends import FakeBackend
-from tests.serve.serving import Running, eventually, hosted, serving, told
+from tests.serve.serving import FakeScorer, Running, eventually, hosted, serving, told
 
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 
@@ -248,6 +249,36 @@ def test_time_is_limited() -> None:
         eventually(lambda: backend.allow(1) is None and stream.done())
         last = stream.result().text.strip().split("\n\n")[-1]
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
+
+
+class Pondering(FakeScorer):
+    """Takes as long as it may."""
+
+    given_up = False
+
+    def score(
+        self, tokens: Sequence[int], top: int, wanted: Callable[[], bool]
+    ) -> list[ChosenToken]:
+        while wanted():
+            time.sleep(0.002)
+        self.given_up = True
+        raise ClosedError("the work was given up")
+
+
+def test_scoring_ends_with_its_time_and_with_its_client() -> None:
+    model = hosted()
+    model.scorer = scorer = Pondering()
+    asked = {"prompt": "abc", "echo": True, "logprobs": 1}
+    with serving(model) as api:
+        with connected(api, request(asked)):
+            eventually(lambda: bool(model.scoring._threads))
+            assert not scorer.given_up
+        eventually(lambda: scorer.given_up)
+    model = hosted()
+    model.scorer = Pondering()
+    limits = Limits(timeout_seconds=0.2, shutdown_seconds=0.1)
+    with serving(model, limits=limits) as api:
+        assert told(api.complete(**asked), 504)["code"] == "timeout"
 
 
 def test_an_engine_that_breaks_is_told() -> None:

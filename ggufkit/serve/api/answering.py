@@ -89,7 +89,7 @@ class Service:
         Raises:
             ApiError: if there is no answer; also before the first event of a stream.
         """
-        gone = asyncio.ensure_future(_gone(http.receive))
+        gone = asyncio.ensure_future(gone_from(http.receive))
         stack.callback(gone.cancel)
         events = _Feed(self, hosted, requests, gone).events()
         stack.push_async_callback(events.aclose)
@@ -108,7 +108,8 @@ class Service:
             return Response(status_code=_GONE)
 
 
-async def _gone(receive: Receive) -> None:
+async def gone_from(receive: Receive) -> None:
+    """Wait until a client, whose request was read, goes away."""
     while (await receive())["type"] != "http.disconnect":
         pass
 

@@ -1,6 +1,7 @@
 """``/v1/completions``."""
 
 import asyncio
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from ggufkit.serve.api.answering import Spent, in_thread, now, service_of
+from ggufkit.serve.api.answering import Spent, gone_from, in_thread, now, service_of
 from ggufkit.serve.api.asking import (
     FINGERPRINT,
     engine_requests,
@@ -24,10 +25,11 @@ from ggufkit.serve.api.errors import ApiError
 from ggufkit.serve.api.limits import user_of
 from ggufkit.serve.api.options import Limits
 from ggufkit.serve.api.reading import StrictRoute
-from ggufkit.serve.api.schemas import CompletionRequest, Tokens
+from ggufkit.serve.api.schemas import MOST_INPUTS, CompletionRequest, Tokens
 from ggufkit.serve.hosting import Hosted
-from ggufkit.serve.requests import ChosenToken, Delta, Event, Finish, Request
+from ggufkit.serve.requests import ChosenToken, ClosedError, Delta, Event, Finish, Request
 
+_MOST_SCORES = 2_000_000
 router = APIRouter(route_class=StrictRoute, tags=["OpenAI"])
 
 
@@ -43,7 +45,7 @@ async def completions(http: HttpRequest, asked: CompletionRequest) -> Response:
         user = user_of(http.scope)
         plan = await in_thread(hosted, lambda: _plan(hosted, asked, service.limits, user))
         if asked.echo and asked.logprobs is not None:
-            plan.scores = await _scores(http, hosted, plan.prompts, asked.logprobs)
+            plan.scores = await _scores(http, hosted, plan.prompts, asked.logprobs, service.limits)
         return await service.respond(
             http,
             hosted,
@@ -76,7 +78,11 @@ def _plan(hosted: Hosted, asked: CompletionRequest, limits: Limits, user: str) -
         raise ApiError(400, "best_of is not supported", param="best_of")
     if asked.limit == 0 and not asked.echo:
         raise ApiError(400, "max_tokens of 0 needs echo", param="max_tokens")
+    if len(asked.prompts) * asked.choices > MOST_INPUTS:
+        raise ApiError(400, f"there may be {MOST_INPUTS} answers at once", param="n")
     prompts = [hosted.tokens_of(prompt) for prompt in asked.prompts]
+    if asked.echo and asked.logprobs is not None:
+        _check_scores(prompts, asked.logprobs)
     grammar = one_grammar(asked.grammar)
     requests = [
         request
@@ -95,24 +101,38 @@ def _plan(hosted: Hosted, asked: CompletionRequest, limits: Limits, user: str) -
     return _Plan(prompts, requests if asked.limit else [])
 
 
+def _check_scores(prompts: Sequence[Tokens], top: int) -> None:
+    """All log-probabilities of a request are in memory together."""
+    count = sum(map(len, prompts)) * (1 + top)
+    if count > _MOST_SCORES:
+        message = f"there may be {_MOST_SCORES} log-probabilities of prompts at once, not {count}"
+        raise ApiError(400, message, param="logprobs")
+
+
 async def _scores(
-    http: HttpRequest, hosted: Hosted, prompts: Sequence[Tokens], top: int
+    http: HttpRequest, hosted: Hosted, prompts: Sequence[Tokens], top: int, limits: Limits
 ) -> list[list[ChosenToken]]:
     scorer = hosted.scorer
     if scorer is None:
         raise ApiError(400, "this model cannot score prompts", param="echo")
-    wanted = [True]
+    gone = asyncio.ensure_future(gone_from(http.receive))
+    end = time.monotonic() + limits.timeout_seconds
     loop = asyncio.get_running_loop()
+
+    def wanted() -> bool:
+        return not gone.done() and time.monotonic() < end
+
     try:
-        found = []
-        for prompt in prompts:
-            if await http.is_disconnected():
-                break
-            work = partial(scorer.score, prompt, top, lambda: wanted[0])
-            found.append(await loop.run_in_executor(hosted.scoring, work))
-        return found
+        return [
+            await loop.run_in_executor(hosted.scoring, partial(scorer.score, prompt, top, wanted))
+            for prompt in prompts
+        ]
+    except ClosedError:
+        if time.monotonic() < end:
+            raise
+        raise ApiError(504, "the prompt took longer than it may", code="timeout") from None
     finally:
-        wanted[0] = False
+        gone.cancel()
 
 
 @dataclass

@@ -30,6 +30,8 @@ _CHOOSING = (
 )
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+Stop = Annotated[str, StringConstraints(max_length=256)]
+"""Longer ones would take the engine's time, which is everybody's."""
 Tokens = list[int]
 
 
@@ -63,7 +65,7 @@ class SamplingFields(_Schema):
     logit_bias: dict[str, float] | None = None
     seed: int | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
-    stop: str | list[str] | None = None
+    stop: Stop | list[Stop] | None = None
     max_tokens: int | None = None
     ignore_eos: bool | None = None
     grammar: str | None = None
