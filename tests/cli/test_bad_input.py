@@ -112,14 +112,16 @@ def test_an_unknown_type(convert: Run, models: Path, tmp_path: Path) -> None:
 
 def test_awq_on_a_gguf(convert: Run, demo_gguf: Path) -> None:
     told = convert(demo_gguf, "--awq", "--type", "q4_0")
-    refused(told, 2, "AWQ and --imatrix auto work on a checkpoint", "leave out --awq")
+    refused(told, 2, "AWQ, GPTQ and --imatrix auto work on a checkpoint", "leave out --awq")
 
 
 def test_options_of_awq_that_clash(convert: Run, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint")
-    for option in ("--guard", "--clip", "--sensitivity"):
+    for option in ("--clip", "--sensitivity"):
         told = convert(checkpoint, option)
         refused(told, 2, "options of AWQ's search need AWQ", "Add --awq")
+    told = convert(checkpoint, "--guard")
+    refused(told, 2, "--guard needs AWQ or GPTQ", "--rounding gptq")
     (tmp_path / "imatrix.gguf").touch()
     told = convert(checkpoint, "--awq", "--imatrix", tmp_path / "imatrix.gguf")
     refused(told, 2, "before scales are folded in", "--imatrix auto")
