@@ -146,6 +146,8 @@ def test_what_is_not_asked_for_is_left_to_the_model(
         "scales": {},
         "context": ContextOptions(),
         "chat_template": None,
+        "draft": None,
+        "mmproj": None,
     }
 
 
