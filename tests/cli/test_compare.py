@@ -69,7 +69,7 @@ def test_a_killed_command_goes_on_at_the_chunk(
         "    if self.done == 20:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "Candidate.append = append_and_die\n"
-        "sys.exit(cli.run(sys.argv[1:]))\n"
+        "sys.exit(cli.execute(sys.argv[1:]))\n"
     )
 
     def run(models_dir: str, *how: str) -> subprocess.CompletedProcess[str]:
