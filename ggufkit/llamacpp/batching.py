@@ -256,14 +256,11 @@ class Model:
         params = lib.llama_model_default_params()
         params.n_gpu_layers = self.gpu_layers
         params.load_mode = _load_mode(lib, options)
-        if devices.knows_servers(self.build):
-            # llama.cpp would take all of them, also those of another model.
-            handles = [place.handle for place in self._places]
-            listed = (ctypes.c_void_p * (len(handles) + 1))(*handles, None)
-            params.devices = ctypes.addressof(listed)
+        held = devices.limit_to(params, self.build, self._places)
         if options.split:
             params.tensor_split = self._shares(options.split)
         self.pointer = lib.llama_model_load_from_file(os.fsencode(self.path), params)
+        del held
         if not self.pointer:
             raise ToolError(f"llama.cpp cannot load {self.path}: {drain_errors()}")
         if not lib.llama_model_has_decoder(self.pointer) and not self._embeds_only():

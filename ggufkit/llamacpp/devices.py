@@ -130,6 +130,25 @@ def places_for_layers(build: NativeBuild, endpoints: Sequence[str] = ()) -> tupl
     return (*remote, *here)
 
 
+def limit_to(params: Any, build: NativeBuild, places: Sequence[Device]) -> Any:
+    """Keep llama.cpp to some devices: it would take all, also another model's servers.
+
+    Args:
+        params: llama_model_params, to be changed.
+        build: the native build.
+        places: the devices meant.
+
+    Returns:
+        What has to be held until the model is loaded.
+    """
+    if not knows_servers(build):
+        return None
+    handles = [place.handle for place in places]
+    listed = (ctypes.c_void_p * (len(handles) + 1))(*handles, None)
+    params.devices = ctypes.addressof(listed)
+    return listed
+
+
 def fitting_layers(free_nbytes: int, *, model_nbytes: int, layers: int, cache_nbytes: int) -> int:
     """How many layers fit into a GPU's free memory; ``layers + 1`` includes the output.
 

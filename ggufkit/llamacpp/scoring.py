@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from ggufkit import settings
 from ggufkit.errors import GgufkitError, ToolError, UsageError
-from ggufkit.llamacpp import toolchain
+from ggufkit.llamacpp import devices, toolchain
 from ggufkit.llamacpp.ggml import load_library
 from ggufkit.llamacpp.gguf import read_gguf
 from ggufkit.llamacpp.metadata import Metadata
@@ -173,7 +173,9 @@ class Scorer:
         drain_errors()
         params = lib.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
+        held = devices.limit_to(params, self._build, devices.places_for_layers(self._build))
         self._model = lib.llama_model_load_from_file(os.fsencode(self.path), params)
+        del held
         if not self._model:
             raise ToolError(f"llama.cpp cannot load {self.path}: {drain_errors()}")
         if lib.llama_model_has_encoder(self._model) or not lib.llama_model_has_decoder(self._model):
