@@ -98,13 +98,8 @@ def forecast(
     # The block as it is and as rounded; of the largest map target, candidates and errors.
     weights = max(sum(map(math.prod, shapes)) for shapes in blocks) * 2
     largest = max(math.prod(shape) for shapes in blocks for shape in shapes) * 8
-    inputs = 0 if family.transposed else 1
-    widest = max(
-        (index.tensors[n].shape[inputs] for n in plan if n.startswith(f"{family.blocks}.")),
-        default=0,
-    )
     # Moments, their damped copies and factors in double precision, and copies in single.
-    squares = (8 * 6 + 4 * 4) * widest**2
+    squares = (8 * 6 + 4 * 4) * _widest(index, family, plan) ** 2
     width = int(index.config.get("hidden_size") or index.config["n_embd"])
     hidden = 4 * sequences * length * width
     step = 4 * 16 * TOKENS_AT_ONCE * width
@@ -115,6 +110,13 @@ def forecast(
         + 2 * min(hidden, HIDDEN_NBYTES_IN_MEMORY)
         + min(hidden, step)
     )
+
+
+def _widest(index: CheckpointIndex, family: Family, plan: Mapping[str, str]) -> int:
+    """Inputs of the widest map of a block."""
+    inputs = 0 if family.transposed else 1
+    inside = [name for name in plan if name.startswith(f"{family.blocks}.")]
+    return max((index.tensors[name].shape[inputs] for name in inside), default=0)
 
 
 def round_model(
@@ -189,8 +191,7 @@ def _require_text(
     index: CheckpointIndex, family: Family, tokens: int, plan: Mapping[str, str], progress: Progress
 ) -> None:
     """Say that a text is too short to tell one input of a map from another."""
-    inputs = 0 if family.transposed else 1
-    widest = max((index.tensors[name].shape[inputs] for name in plan), default=0)
+    widest = _widest(index, family, plan)
     if tokens < widest:
         progress.warn(
             f"rounding looks at {tokens} tokens, but the widest map has {widest} inputs: "
