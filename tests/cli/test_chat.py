@@ -73,13 +73,6 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Fake]:
     return make
 
 
-@pytest.fixture
-def gguf(tmp_path: Path) -> Path:
-    path = tmp_path / "any.gguf"
-    path.write_bytes(b"never opened")
-    return path
-
-
 def test_every_option_arrives(
     chat: Chat, fake: Callable[..., Fake], gguf: Path, tmp_path: Path
 ) -> None:

@@ -44,13 +44,6 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return found
 
 
-@pytest.fixture
-def gguf(tmp_path: Path) -> Path:
-    path = tmp_path / "any.gguf"
-    path.write_bytes(b"never opened")
-    return path
-
-
 def test_every_option_arrives(run_cli: Run, asked: dict[str, Any], gguf: Path) -> None:
     words = "--host 0.0.0.0 --port 0 --api-key a --api-key b --cors http://page -np 3 --cells 900"
     more = "--memory 1.5 --max-queue 7 --max-tokens 9 --max-body 0.5 --max-clients 11 --timeout 12"
