@@ -29,7 +29,7 @@ WAYS = {
     "AWQ": ["--awq", *_MATRIX],
     "GPTQ": _GPTQ,
     "AWQ + GPTQ": ["--awq", *_GPTQ],
-    "AWQ + GPTQ, refined": ["--awq", *_GPTQ, "--refine"],
+    "GPTQ, refined": [*_GPTQ, "--refine"],
 }
 AGAINST = "imatrix"
 

@@ -58,8 +58,9 @@ def tell(tally: Tally, options: argparse.Namespace) -> None:
     print(f"requests: {tally.done.total()}, of them {dict(tally.done)}")
     print(f"tokens: {tally.tokens}, {tally.tokens / options.seconds:.1f} per second")
     if tally.first_seconds:
-        middle, worst = statistics.median(tally.first_seconds), max(tally.first_seconds)
-        print(f"first token after {middle:.2f} s, {worst:.2f} s at worst")
+        hundredths = statistics.quantiles(tally.first_seconds, n=100)
+        told = ", ".join(f"{hundredths[n - 1]:.2f} s for {n} %" for n in (50, 90, 99))
+        print(f"first token after {told}, {max(tally.first_seconds):.2f} s at worst")
     warm = tally.memory[int(_WARM_SHARE * len(tally.memory)) :]
     half = len(warm) // 2
     before, after = statistics.median(warm[:half]), statistics.median(warm[half:])

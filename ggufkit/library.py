@@ -8,7 +8,7 @@ from pathlib import Path
 from ggufkit.errors import IntegrityError, SourceError
 from ggufkit.llamacpp.gguf import read_gguf
 from ggufkit.store import MANIFEST, Store, read_manifest
-from ggufkit.values import GGUFFile, RunManifest
+from ggufkit.values import GGUFFile, RunManifest, label_of, rounding_of
 
 _GGUF_STAGES = ("quantize", "convert", "fetch")
 
@@ -24,6 +24,8 @@ class ModelEntry:
         bits_per_weight: over all its tensors.
         nbytes: size of the file.
         awq: whether AWQ scales are folded in; None if that is not known.
+        imatrix: whether an importance matrix was used; None likewise.
+        rounding: as :class:`~ggufkit.values.QuantizeResult` has it; empty if not known.
         origin: where the model came from; empty if that is not known.
         created: UTC time, ISO 8601; of the file if it has no manifest.
         known: whether a manifest says how it was made.
@@ -36,10 +38,21 @@ class ModelEntry:
     bits_per_weight: float
     nbytes: int
     awq: bool | None
+    imatrix: bool | None
+    rounding: str
     origin: str
     created: str
     known: bool
     problem: str = ""
+
+    @property
+    def label(self) -> str:
+        """Type and ways in words; ``no manifest`` if they are not known."""
+        if not self.known:
+            return "no manifest"
+        return label_of(
+            self.type, awq=bool(self.awq), rounding=self.rounding, imatrix=bool(self.imatrix)
+        )
 
 
 def list_models(store: Store) -> tuple[ModelEntry, ...]:
@@ -102,6 +115,8 @@ def _entry(path: Path, manifest: RunManifest | None) -> ModelEntry | None:
         bits_per_weight=bits,
         nbytes=stat.st_size,
         awq=bool(manifest.inputs.get("scales")) if manifest else None,
+        imatrix=bool(recipe.get("imatrix")) if manifest else None,
+        rounding=rounding_of(manifest.facts) if manifest else "",
         origin=_origin(manifest) if manifest else "",
         created=manifest.created if manifest else changed.isoformat(timespec="seconds"),
         known=manifest is not None,

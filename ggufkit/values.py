@@ -5,6 +5,7 @@ turn into JSON with :func:`to_json`.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,10 @@ class GGUFFile:
         return 8 * sum(t.nbytes for t in self.tensors) / max(1, self.parameters)
 
 
+GGML_ROUNDING = "ggml"
+"""llama-quantize's own rounding."""
+
+
 @dataclass(frozen=True)
 class QuantizeResult:
     """One quantized file: what was asked for and what was got.
@@ -185,14 +190,31 @@ class QuantizeResult:
     seconds: float
     reused: bool
     notes: tuple[str, ...] = ()
-    rounding: str = "ggml"
+    rounding: str = GGML_ROUNDING
 
     @property
     def label(self) -> str:
         """Type and ways in words, such as ``Q4_0 with AWQ and imatrix``."""
-        told = (("AWQ", self.awq), (self.rounding, True), ("imatrix", self.imatrix))
-        ways = [way for way, used in told if used and way != "ggml"]
-        return f"{self.type} with {' and '.join(ways)}" if ways else self.type
+        return label_of(self.type, awq=self.awq, rounding=self.rounding, imatrix=self.imatrix)
+
+
+def rounding_of(facts: Mapping[str, Json]) -> str:
+    """How a file's weights were rounded, from the facts of the stage that wrote it."""
+    return str((facts.get("rounding") or {}).get("label", GGML_ROUNDING))
+
+
+def label_of(type: str, *, awq: bool, rounding: str, imatrix: bool) -> str:
+    """Type and ways in words, such as ``Q4_0 with AWQ and imatrix``.
+
+    Args:
+        type: quantization type.
+        awq: whether AWQ scales were folded in.
+        rounding: as :class:`QuantizeResult` has it.
+        imatrix: whether an importance matrix was used.
+    """
+    told = (("AWQ", awq), (rounding, rounding != GGML_ROUNDING), ("imatrix", imatrix))
+    ways = [way for way, used in told if used]
+    return f"{type} with {' and '.join(ways)}" if ways else type
 
 
 @dataclass(frozen=True)

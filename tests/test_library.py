@@ -29,20 +29,30 @@ def write_gguf(path: Path, *, tensors: bool = True, **keys: str) -> Path:
     return path
 
 
-def quantize(store: Store, type: str, *, model: str = "tiny", scales: str = "") -> Artifact:
+def quantize(
+    store: Store,
+    type: str,
+    *,
+    model: str = "tiny",
+    scales: str = "",
+    rounding: str = "",
+    imatrix: str = "",
+) -> Artifact:
     """An artifact as the quantize stage makes it."""
     stem = f"{model}-awq" if scales else model
 
     def work(directory: Path) -> dict[str, Json]:
         write_gguf(directory / f"{stem}-{type}.gguf")
-        return {"origin": "hf:org/tiny@abc"}
+        return {"origin": "hf:org/tiny@abc"} | (
+            {"rounding": {"label": rounding}} if rounding else {}
+        )
 
     artifact = store.run(
         "quantize",
         version=1,
         model=model,
         inputs={"checkpoint": "c" * 64, "scales": scales},
-        options={"recipe": {"type": type}, "stem": stem},
+        options={"recipe": {"type": type, "imatrix": imatrix}, "stem": stem},
         tool={},
         work=work,
     )
@@ -83,7 +93,16 @@ def test_a_file_that_somebody_put_there_is_listed_as_such(store: Store) -> None:
     os.utime(foreign, (0, 0))
     entry = list_models(store)[-1]
     assert (entry.name, entry.path, entry.known, entry.awq) == ("their", foreign, False, None)
+    assert entry.label == "no manifest"
     assert entry.created == "1970-01-01T00:00:00+00:00"
+
+
+def test_the_label_says_all_ways(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    quantize(store, "Q4_0", scales="s", rounding="refined GPTQ", imatrix="m")
+    quantize(store, "Q8_0")
+    labels = {entry.label for entry in list_models(store)}
+    assert labels == {"Q4_0 with AWQ and refined GPTQ and imatrix", "Q8_0"}
 
 
 def test_an_exported_copy_keeps_its_manifest(store: Store) -> None:

@@ -21,8 +21,7 @@ def command(session: Session, as_json: bool) -> None:
             session.console.print(f"no models in {session.models_dir}")
         for entry in entries:
             session.console.print(f"[bold]{escape(entry.name)}[/]", soft_wrap=True)
-            what = entry.type + (" with AWQ" if entry.awq else "") if entry.known else "no manifest"
-            line = f"  {what}, {entry.bits_per_weight:.2f} bits per weight, "
+            line = f"  {entry.label}, {entry.bits_per_weight:.2f} bits per weight, "
             line += f"{nbytes_text(entry.nbytes)}, {entry.created[:16].replace('T', ' ')} UTC"
             line += f", from {entry.origin}" if entry.origin else ""
             session.console.print(escape(line), soft_wrap=True)

@@ -24,6 +24,7 @@ from ggufkit.llamacpp.gguf import read_gguf
 from ggufkit.llamacpp.metadata import Metadata
 from ggufkit.llamacpp.runtime import check_parts, drain_errors, load_llama_cpp
 from ggufkit.llamacpp.toolchain import NativeBuild
+from ggufkit.llamacpp.vocabulary import on_a_deep_stack
 from ggufkit.values import GGUFFile
 
 Tokens = npt.NDArray[np.int32]
@@ -234,15 +235,9 @@ class Scorer:
         lib = self._library
         text = text.removesuffix(b"\n")
         found = np.empty(len(text) + 2, np.int32)
-        count = lib.llama_tokenize(
-            self._vocabulary,
-            text,
-            len(text),
-            found.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
-            len(found),
-            True,
-            False,
-        )
+        room = found.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        asked = (self._vocabulary, text, len(text), room, len(found), True, False)
+        count = on_a_deep_stack(lambda: int(lib.llama_tokenize(*asked)), text)
         if count < 0:
             raise ToolError(f"llama.cpp cannot tokenize a text of {len(text):,} bytes")
         return found[:count].copy()

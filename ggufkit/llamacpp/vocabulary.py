@@ -1,6 +1,7 @@
 """The vocabulary of a loaded model: from text to tokens, and from tokens to bytes."""
 
 import ctypes
+import re
 import threading
 from collections.abc import Callable
 from functools import cached_property
@@ -15,8 +16,10 @@ _MARGIN = 8
 _LONGEST = 4 << 20
 """Characters of a text; no context takes more."""
 _SHORT = 1000
+"""Bytes of a word that any stack has room for."""
 _STACK_NBYTES = 1024
-"""For each character; GCC's library takes 324 of them."""
+"""For each byte of a word; GCC's library takes 324 of them for a character."""
+_RUN = re.compile(rb"\s+|\S+")
 _one_stack_size = threading.Lock()
 
 
@@ -76,7 +79,7 @@ class Vocabulary:
         room = len(spelled) + _MARGIN
         tokens = (lib.llama_token * room)()
         asked = (self.pointer, spelled, len(spelled), tokens, room, False, special)
-        count = _on_a_deep_stack(lambda: int(lib.llama_tokenize(*asked)), len(text))
+        count = on_a_deep_stack(lambda: int(lib.llama_tokenize(*asked)), spelled)
         if count < 0:
             raise ToolError(f"llama.cpp cannot tokenize a text of {len(spelled)} bytes")
         found = list(tokens[:count])
@@ -111,13 +114,22 @@ class Vocabulary:
             size = -length
 
 
-def _on_a_deep_stack(tokenize: Callable[[], int], length: int) -> int:
-    """Tokenize a text of so many characters.
+def on_a_deep_stack(tokenize: Callable[[], int], text: bytes) -> int:
+    """Let llama.cpp tokenize a text, whatever words there are in it.
 
     Many vocabularies split text by ``std::regex``, which calls itself once for
     each character of a word: a word of 10,000 would end the process on a common
     stack. What is not used of a stack takes no memory.
+
+    Args:
+        tokenize: does it, and gives what llama.cpp returns.
+        text: what it tokenizes.
+
+    Raises:
+        ToolError: if there is no room for a stack.
     """
+    # A word may take the spaces around it along.
+    length = 2 * max((len(run[0]) for run in _RUN.finditer(text)), default=0)
     if length <= _SHORT:
         return tokenize()
     found = list[int]()
@@ -127,7 +139,7 @@ def _on_a_deep_stack(tokenize: Callable[[], int], length: int) -> int:
         try:
             thread.start()
         except RuntimeError as error:
-            raise ToolError(f"no memory to tokenize {length} characters") from error
+            raise ToolError(f"no memory to tokenize a word of {length // 2} bytes") from error
         finally:
             threading.stack_size(before)
     thread.join()

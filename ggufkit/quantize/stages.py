@@ -21,7 +21,7 @@ from ggufkit.llamacpp.gguf import read_gguf, write_skeleton
 from ggufkit.llamacpp.toolchain import NativeBuild
 from ggufkit.progress import Progress
 from ggufkit.store import Store
-from ggufkit.values import Artifact, Checkpoint, Json, QuantizeResult, QuantRecipe
+from ggufkit.values import Artifact, Checkpoint, Json, QuantizeResult, QuantRecipe, rounding_of
 
 if TYPE_CHECKING:
     from ggufkit.quantize.imatrix import Floats
@@ -392,7 +392,7 @@ def result_of(artifact: Artifact, path: Path, notes: tuple[str, ...] = ()) -> Qu
         type=recipe["type"],
         awq=bool(artifact.manifest.inputs.get("scales")),
         imatrix=bool(recipe["imatrix"]),
-        rounding=facts["rounding"]["label"] if "rounding" in facts else "ggml",
+        rounding=rounding_of(facts),
         bits_per_weight_asked=facts["bits_per_weight_asked"],
         bits_per_weight=facts["bits_per_weight"],
         fallbacks=facts["fallbacks"],

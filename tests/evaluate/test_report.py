@@ -238,35 +238,46 @@ def manifest(stage: str, **told: dict[str, object]) -> RunManifest:
 
 
 @pytest.mark.parametrize(
-    ("scales", "imatrix", "command"),
+    ("scales", "imatrix", "more", "command"),
     [
-        ({}, "", "ggufkit convert hf:a/b@1 --type q4_0"),
+        ({}, "", {}, "ggufkit convert hf:a/b@1 --type q4_0"),
         (
             {"samples": 16, "length": 256, "seed": None, "clip": True},
             "",
+            {},
             "ggufkit convert hf:a/b@1 --type q4_0 --awq --clip --calibration book.txt "
             "--calibration-length 256",
         ),
         (
             {"samples": 8, "length": 512, "seed": 7},
             "matrix",
+            {},
             "ggufkit convert hf:a/b@1 --type q4_0 --awq --imatrix auto --calibration book.txt "
             "--calibration-samples 8 --seed 7",
         ),
-        ({"samples": 16, "backend": "file"}, "", ""),
-        ({"samples": 16, "a later option": 1}, "", ""),
-        ({}, "a file", ""),
+        (
+            {},
+            "",
+            {"rounding": {"method": "gptq", "refine": True}, "calibration": "book.txt", "seed": 7},
+            "ggufkit convert hf:a/b@1 --type q4_0 --rounding gptq --refine "
+            "--calibration book.txt --seed 7",
+        ),
+        ({}, "", {"rounding": {"method": "gptq", "a later option": 1}}, ""),
+        ({}, "", {"a later option": 1}, ""),
+        ({"samples": 16, "backend": "file"}, "", {}, ""),
+        ({"samples": 16, "a later option": 1}, "", {}, ""),
+        ({}, "a file", {}, ""),
     ],
 )
 def test_the_command_is_told_if_it_is_known(
-    scales: dict[str, object], imatrix: str, command: str
+    scales: dict[str, object], imatrix: str, more: dict[str, object], command: str
 ) -> None:
     recipe = {"type": "Q4_0", "tensor_types": {}, "imatrix": imatrix}
     makers = {
         "file": manifest(
             "quantize",
             inputs={"checkpoint": "c", "scales": "scales" if scales else ""},
-            options={"recipe": recipe, "stem": "x", "allow_requantize": False},
+            options={"recipe": recipe, "stem": "x", "allow_requantize": False, **more},
             facts={"origin": "hf:a/b@1"},
         ),
         "scales": manifest("awq", options=scales, facts={"calibration": "book.txt"}),

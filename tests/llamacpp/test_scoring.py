@@ -14,6 +14,7 @@ from ggufkit.errors import IntegrityError, SourceError, ToolError, UsageError
 from ggufkit.llamacpp import toolchain
 from ggufkit.llamacpp.scoring import Scorer, layout_for
 from ggufkit.llamacpp.toolchain import NativeBuild
+from tests.chatting import patched
 from tests.factory import break_gguf
 
 THREADS = 2
@@ -102,6 +103,17 @@ def test_tokens_are_those_that_llama_perplexity_writes_down(
     assert (context, vocabulary, chunks) == (CONTEXT, scorer.vocabulary, 5)
     theirs = np.frombuffer(raw, np.int32, chunks * context, 20)
     assert np.array_equal(theirs, np.concatenate(chunks_of(scorer, text, 5)))
+
+
+def test_a_word_without_end_is_read_too(
+    demo_gguf: Path, native: NativeBuild, tmp_path: Path
+) -> None:
+    # Falcon's vocabulary splits text by std::regex, which calls itself for each character.
+    falcon = patched(demo_gguf, tmp_path / "falcon.gguf", b"smollm\x15", b"falcon\x15")
+    text = b"so " + b"!" * 200_000
+    with Scorer(falcon, context=CONTEXT, threads=THREADS, build=native) as scorer:
+        tokens = scorer.tokenize(text)
+        assert b"".join(map(scorer.piece, tokens.tolist())) == text
 
 
 def test_special_tokens_in_a_text_are_characters(scorer: Scorer) -> None:

@@ -46,6 +46,7 @@ def _origin(manifest: RunManifest, makers: Makers) -> str:
 
 
 _RECIPE_OPTIONS = {"recipe", "stem", "allow_requantize"}
+_ROUNDING_OPTIONS = {"rounding", "calibration", "samples", "length", "seed"}
 _SEARCH_OPTIONS = {
     *("samples", "length", "seed", "plan", "imatrix", "exact", "stored", "clip", "sensitivity"),
     "backend",
@@ -57,7 +58,8 @@ def _command(manifest: RunManifest, makers: Makers) -> str:
     """What to type; empty if the manifest does not hold all of it."""
     recipe = manifest.options.get("recipe") or {}
     origin = str(manifest.facts.get("origin") or "")
-    strange = manifest.options.keys() - _RECIPE_OPTIONS or recipe.get("tensor_types")
+    known = _RECIPE_OPTIONS | (_ROUNDING_OPTIONS if "rounding" in manifest.options else set())
+    strange = manifest.options.keys() - known or recipe.get("tensor_types")
     if manifest.stage != "quantize" or not origin or strange:
         return ""
     type = ["--type", str(recipe["type"]).lower()]
@@ -74,7 +76,7 @@ def _command(manifest: RunManifest, makers: Makers) -> str:
 
 
 def _ways(manifest: RunManifest, imatrix: str, makers: Makers) -> list[str] | None:
-    """The options of AWQ, importance matrix and calibration; None if they are not known."""
+    """The options of AWQ, matrix, rounding and calibration; None if they are not known."""
     words: list[str] = []
     sources = []
     if digest := str(manifest.inputs.get("scales") or ""):
@@ -90,6 +92,12 @@ def _ways(manifest: RunManifest, imatrix: str, makers: Makers) -> list[str] | No
             return None
         sources.append(source)
         words += ["--imatrix", "auto"]
+    if rounding := manifest.options.get("rounding"):
+        if rounding.keys() - {"method", "refine"}:
+            return None
+        sources.append(manifest)
+        words += ["--rounding", str(rounding["method"])]
+        words += ["--refine"] if rounding.get("refine") else []
     return words + (_calibration_options(sources[0]) if sources else [])
 
 
@@ -110,8 +118,9 @@ def _search_options(options: Mapping[str, Json]) -> list[str]:
 def _calibration_options(maker: RunManifest) -> list[str]:
     """The options of the calibration that are not the default ones."""
     default = Calibration()
+    text = maker.facts.get("calibration") or maker.options.get("calibration")
     given = {
-        "--calibration": (maker.facts.get("calibration"), default.text),
+        "--calibration": (text, default.text),
         "--calibration-samples": (maker.options.get("samples"), default.samples),
         "--calibration-length": (maker.options.get("length"), default.length),
         "--seed": (maker.options.get("seed"), default.seed),

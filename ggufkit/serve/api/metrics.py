@@ -27,6 +27,8 @@ _COUNTERS = {
     "prompt_tokens": "Tokens of prompts that were computed",
     "cached_tokens": "Tokens of prompts that were known already",
     "generated_tokens": "Tokens written",
+    "guessed_tokens": "Tokens that a draft model guessed",
+    "right_tokens": "Guesses that were right",
     "embedded_tokens": "Tokens of texts embedded",
     "steps": "Batches computed",
     "decode_seconds": "Time in batches",
