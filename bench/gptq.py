@@ -23,6 +23,7 @@ from ggufkit.values import Comparison, ComparisonReport
 TYPES = ("q4_0", "q3_k_m", "q2_k", "q4_k_m")
 _MATRIX = ["--imatrix", "auto"]
 _GPTQ = [*_MATRIX, "--rounding", "gptq"]
+_MORE = ["--calibration-samples", "64"]
 WAYS = {
     "plain": [],
     "imatrix": _MATRIX,
@@ -30,6 +31,8 @@ WAYS = {
     "GPTQ": _GPTQ,
     "AWQ + GPTQ": ["--awq", *_GPTQ],
     "GPTQ, refined": [*_GPTQ, "--refine"],
+    "GPTQ, 64 sequences": [*_GPTQ, *_MORE],
+    "GPTQ, 64 sequences, refined": [*_GPTQ, *_MORE, "--refine"],
 }
 AGAINST = "imatrix"
 
@@ -66,7 +69,7 @@ def print_table(options: argparse.Namespace, models: Path) -> None:
     calibration += ["--calibration-samples", str(options.samples)]
     for type in options.types:
         files = {
-            way: convert(options.model, models, type, [*WAYS[way], *calibration])
+            way: convert(options.model, models, type, [*calibration, *WAYS[way]])
             for way in options.ways
         }
         told = pipeline.compare(

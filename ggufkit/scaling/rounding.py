@@ -31,7 +31,7 @@ from ggufkit.scaling.families import Family
 from ggufkit.scaling.fold import Change
 from ggufkit.scaling.gptq import Rounded, round_matrix
 from ggufkit.scaling.groups import block_count
-from ggufkit.scaling.statistics import is_linear
+from ggufkit.scaling.statistics import is_linear, quick_products
 from ggufkit.scaling.streaming import (
     HIDDEN_NBYTES_IN_MEMORY,
     TOKENS_AT_ONCE,
@@ -308,15 +308,17 @@ class _ModelRounding:
                 work.replace(map, self._ggml.dequantize(kind, packed[map.name], columns))
         else:
             self._write(block.number, self._round(work, maps))
-        work.use_original()
-        self._original = block.forward(self._original)
-        work.use_rounded()
-        return block.forward(hidden)
+        with quick_products():
+            work.use_original()
+            self._original = block.forward(self._original)
+            work.use_rounded()
+            return block.forward(hidden)
 
     def _round(self, work: "_BlockRounding", maps: Sequence[BlockMap]) -> "dict[BlockMap, Rounded]":
         found: dict[BlockMap, Rounded] = {}
         for stage in work.stages(maps):
-            moment, drift = work.moments(stage[0])
+            with quick_products():
+                moment, drift = work.moments(stage[0])
             correction = _correction(moment, drift)
             for map in stage:
                 weight = work.weight(map)
