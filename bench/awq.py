@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.perplexity import perplexity, quality
-from bench.processes import GGUFKIT, checked, mib
+from bench.processes import GGUFKIT, checked, mib, printed
 from ggufkit import settings, sources
 from ggufkit.evaluate.texts import load_text
 from ggufkit.llamacpp import toolchain
@@ -130,15 +130,14 @@ def print_growth(model: Checkpoint, scratch: Path, calibration: Sequence[str]) -
         shutil.copytree(model.path, part)
         # The search reads the blocks that the config names and no more.
         (part / "config.json").write_text(json.dumps(config | {"num_hidden_layers": count}))
-        ran = checked(
+        found = printed(
             [
                 *(*GGUFKIT, "--models-dir", scratch / "growth", "awq", part, "-o", part / "out"),
                 *("--type", "q4_0", "--calibration-samples", str(samples), *calibration),
                 "--json",
             ]
         )
-        seconds = json.loads("\n".join(ran.tail))["seconds"]
-        print(f"| {count} | {samples} | {seconds:.1f} |", flush=True)
+        print(f"| {count} | {samples} | {found['seconds']:.1f} |", flush=True)
         shutil.rmtree(part)
         shutil.rmtree(scratch / "growth")
 
@@ -176,8 +175,7 @@ def print_quality(
 
 def convert(model: Path, models: Path, type: str, arguments: Sequence[str]) -> Path:
     command = [*GGUFKIT, "--models-dir", models, "convert", model, "--type", type]
-    ran = checked([*command, *arguments, "--json"])
-    (result,) = json.loads("\n".join(ran.tail))
+    (result,) = printed([*command, *arguments, "--json"])
     return Path(result["path"])
 
 

@@ -6,13 +6,12 @@ and figures stay in --models-dir, so a bench that was ended goes on where it was
 """
 
 import argparse
-import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bench.processes import GGUFKIT, checked
+from bench.processes import GGUFKIT, printed
 from ggufkit import pipeline, settings
 from ggufkit.library import manifest_of
 from ggufkit.llamacpp import toolchain
@@ -84,8 +83,7 @@ def print_table(options: argparse.Namespace, models: Path) -> None:
 
 def convert(model: str, models: Path, type: str, arguments: Sequence[str]) -> Path:
     command = [*GGUFKIT, "--models-dir", models, "convert", model, "--type", type]
-    ran = checked([*command, *arguments, "--json"])
-    (result,) = json.loads("\n".join(ran.tail))
+    (result,) = printed([*command, *arguments, "--json"])
     # What a link points to: the next way may take over its name.
     return Path(result["path"]).resolve()
 
