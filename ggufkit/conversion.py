@@ -55,7 +55,7 @@ _FOLDED = "awq"
 """Directory of a folded checkpoint that holds its scales and how they were found."""
 _AWQ_VERSION = 4
 _IMATRIX_VERSION = 1
-_ROUND_VERSION = 1
+_ROUND_VERSION = 2
 _REPLACE_VERSION = 1
 _REFINE_VERSION = 1
 _MORE_TO_REFINE = 4
