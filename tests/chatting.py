@@ -73,6 +73,12 @@ def patched(gguf: Path, out: Path, old: bytes, new: bytes) -> Path:
     return out
 
 
+def splitting_by_regex(gguf: Path, out: Path) -> Path:
+    """A copy of the demo model that splits text as Falcon does, by ``std::regex``."""
+    # The byte after it is the length of the next key; the name stands elsewhere too.
+    return patched(gguf, out, b"smollm\x15", b"falcon\x15")
+
+
 def without_template(gguf: Path, out: Path) -> Path:
     """A copy of a GGUF that has no chat template."""
     return patched(gguf, out, b"tokenizer.chat_template", b"tokenizer.none_template")

@@ -128,8 +128,10 @@ def on_a_deep_stack(tokenize: Callable[[], int], text: bytes) -> int:
     Raises:
         ToolError: if there is no room for a stack.
     """
-    # A word may take the spaces around it along.
-    length = 2 * max((len(run[0]) for run in _RUN.finditer(text)), default=0)
+    length = len(text)
+    if length > _SHORT:
+        # A word may take the spaces around it along.
+        length = min(length, 2 * max(len(run[0]) for run in _RUN.finditer(text)))
     if length <= _SHORT:
         return tokenize()
     found = list[int]()
@@ -139,7 +141,7 @@ def on_a_deep_stack(tokenize: Callable[[], int], text: bytes) -> int:
         try:
             thread.start()
         except RuntimeError as error:
-            raise ToolError(f"no memory to tokenize a word of {length // 2} bytes") from error
+            raise ToolError(f"no memory to tokenize words of {length} bytes") from error
         finally:
             threading.stack_size(before)
     thread.join()

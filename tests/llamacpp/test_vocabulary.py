@@ -10,7 +10,7 @@ from ggufkit.llamacpp import vocabulary
 from ggufkit.llamacpp.batching import Model
 from ggufkit.llamacpp.toolchain import NativeBuild
 from ggufkit.llamacpp.vocabulary import Vocabulary
-from tests.chatting import patched
+from tests.chatting import splitting_by_regex
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +19,7 @@ def words(
 ) -> Iterator[Vocabulary]:
     """A vocabulary that splits text as Falcon's does, by ``std::regex``."""
     copy = tmp_path_factory.mktemp("falcon") / "falcon.gguf"
-    # The byte after it is the length of the next key; the name stands elsewhere too.
-    model = Model(patched(demo_gguf, copy, b"smollm\x15", b"falcon\x15"))
+    model = Model(splitting_by_regex(demo_gguf, copy))
     yield model.vocabulary
     model.close()
 
