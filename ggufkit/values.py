@@ -671,7 +671,7 @@ class RoundingOptions:
         refine: then learn block scales on the divergence from the original model.
     """
 
-    method: str = "ggml"
+    method: str = GGML_ROUNDING
     refine: bool = False
 
     def __post_init__(self) -> None:
@@ -680,7 +680,7 @@ class RoundingOptions:
         Raises:
             UsageError: if there would be nothing to refine.
         """
-        if self.refine and self.method == "ggml":
+        if self.refine and self.method == GGML_ROUNDING:
             raise UsageError("--refine goes on where GPTQ ends", "Add --rounding gptq")
 
     @property
@@ -691,7 +691,9 @@ class RoundingOptions:
     @property
     def suffix(self) -> str:
         """What a file's name says of it."""
-        return "" if self.method == "ggml" else f"-{self.method}" + "-refined" * self.refine
+        if self.method == GGML_ROUNDING:
+            return ""
+        return f"-{self.method}" + "-refined" * self.refine
 
 
 FLASH_ATTENTION = ("auto", "on", "off")
