@@ -963,7 +963,7 @@ def modelfile(
         progress=progress,
     )
     text = value.render()
-    if not force and target.exists() and target.read_text(encoding="utf-8") != text:
+    if not force and target.exists() and target.read_bytes() != text.encode():
         raise UsageError(
             f"{target} exists and says something else",
             "Replace it with --force, or name another file with -o",
@@ -1004,6 +1004,8 @@ def describe_for_ollama(
         generation = json.loads(config.read_text(encoding="utf-8")) if config else {}
     except ValueError as error:
         raise IntegrityError(f"{config} is not JSON: {error}") from error
+    if not isinstance(generation, dict):
+        raise IntegrityError(f"{config} does not hold a JSON object", "Fetch the file again")
     return modelfile_for(
         header,
         directory=directory,
