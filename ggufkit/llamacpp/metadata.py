@@ -17,18 +17,16 @@ SPECIAL_TOKENS = (
 """Names of special tokens in ``tokenizer.ggml.NAME_token_id``; the format spells
 the separator this way."""
 
-_END_NAMES = (
+END_NAMES = (
     *("<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "<end_of_turn>", "<turn|>"),
-    *("<|end_of_text|>", "<|eom_id|>", "<EOT>", "_<EOT>", "<|return|>", "<|call|>"),
-    *(
-        "<|END_OF_TURN_TOKEN|>",
-        "<\uff5cend\u2581of\u2581sentence\uff5c>",
-        "<|end_of_turn|>",
-        "[EOT]",
-    ),
+    *("<|end_of_text|>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<eos>", "</s>"),
+    *("<|return|>", "<|call|>", "<|calls|>", "<|flush|>", "<|tool_response>"),
+    *("<end_of_utterance>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "[e~["),
 )
-"""Tokens that end an answer whatever the metadata says: llama.cpp finds most of
-them by their text too (``llama_vocab::impl::load``)."""
+"""Tokens that llama.cpp takes for the end of an answer by their text alone
+(``llama_vocab::impl::load``, src/llama-vocab.cpp)."""
+_FURTHER_END_NAMES = ("<|END_OF_TURN_TOKEN|>", "<|end_of_turn|>")
+"""Ends of turns (Command R, OpenChat) that it knows only where the file names them."""
 _PRE_WITH_BOS = (
     *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral"),
     *("midm-2.0", "lfm2", "jina-v5-nano", "tekken", "chameleon"),
@@ -98,12 +96,25 @@ class Metadata:
 
     @property
     def end_tokens(self) -> tuple[str, ...]:
-        """Tokens that end an answer: those set as such, and well-known ones."""
+        """Tokens that end an answer: those set as such, and well-known control tokens.
+
+        As in llama.cpp, ``<|end|>`` is none where ``<|return|>`` and ``<|call|>`` are
+        (gpt-oss ends its reasoning with it), nor where ``<|calls|>`` and ``<|flush|>``
+        are; ``</s>`` is none beside ``<|tool_response>`` or ``<|plamo:eos|>``. Those
+        that end an infill alone, such as ``<|file_sep|>``, are left out.
+        """
         own = [self.special(name) for name in ("eos", "eot", "eom")]
         kinds = self.get("tokenizer.ggml.token_type") or []
         control = {t for t, kind in zip(self.tokens, kinds, strict=False) if kind == _CONTROL}
-        known = [t for t in _END_NAMES if t in control]
-        return tuple(dict.fromkeys(t for t in (*own, *known) if t))
+        known = [t for t in (*END_NAMES, *_FURTHER_END_NAMES) if t in control]
+        ends = dict.fromkeys(t for t in (*own, *known) if t)
+        there = {name for name in END_NAMES if name in self.tokens}
+        calls = {"<|call|>", "<|calls|>"} & there
+        if calls and {"<|return|>", "<|flush|>"} & there:
+            ends.pop("<|end|>", None)
+        if "<|tool_response>" in there or "<|plamo:eos|>" in own:
+            ends.pop("</s>", None)
+        return tuple(ends)
 
     @property
     def chat_template(self) -> str:
