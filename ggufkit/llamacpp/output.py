@@ -359,6 +359,21 @@ def quantize_problem(tail: Sequence[str]) -> Problem | None:
             "this type needs an importance matrix",
             "Make one with llama-imatrix and name it with --imatrix, or take a larger type",
         )
+    if found := re.search(
+        r"warning: (\S+) +- ncols +(\d+) not divisible by (\d+) .*"
+        r"no tensor type fallback is defined for type (\w+)",
+        text,
+    ):
+        return Problem(
+            f"tensor {found[1]} has rows of {found[2]}, which blocks of {found[3]} cannot fill, "
+            f"and no tensor type fallback is defined for type {found[4]}",
+            "Take another type, such as q4_0 or q2_k",
+        )
+    if "iostream error" in text:
+        return Problem(
+            "the result could not be written",
+            "Look whether the disk is full, and whether its directory may be written to",
+        )
     if found := re.search(r"requantizing from type (\w+) is disabled", text):
         return Problem(
             f"it is quantized already (to {found[1]})",
@@ -447,54 +462,3 @@ def parse_system_info(text: str) -> tuple[str, ...]:
         if "system_info:" in line and "CPU :" in line:
             return tuple(_CPU_FEATURE.findall(line.partition("CPU :")[2]))
     raise ToolOutputError("the tool printed no 'system_info: ... CPU : ...'")
-
-
-_STAMP = re.compile(r"^[\d.]+ [A-Z] ")
-_STAMPED_ERROR = re.compile(r"^[\d.]+ E .*(?:only \d+ tokens|failed|error|unable)")
-
-
-def says_error(tail: Sequence[str]) -> bool:
-    """Whether llama.cpp's logger got to say why the tool gave up."""
-    return any(_STAMPED_ERROR.match(line) for line in tail)
-
-
-_GIVEN_REASON = re.compile(r"(?:failed to quantize|error loading model|\bERROR): (.+)")
-_REASON = re.compile(
-    r"error|fail|invalid|cannot|unable|abort|exception|not found|no such|not supported"
-    r"|unknown|out of memory|GGML_ASSERT",
-    re.IGNORECASE,
-)
-
-
-def essential_line(tail: Sequence[str]) -> str:
-    """The line that says why a tool failed.
-
-    A Python traceback says it last; the C++ tools say it first and then that
-    they failed because of it.
-    """
-    lines = [_STAMP.sub("", line).strip() for line in tail]
-    lines = [line for line in lines if line and not line.startswith("warning: ")]
-    if not lines:
-        return "it did not say why"
-    if any(line.startswith("Traceback (most recent call last)") for line in lines):
-        return lines[-1]
-    for line in lines:
-        if found := _GIVEN_REASON.search(line):
-            return found[1]
-    return next((line for line in lines if _REASON.search(line)), lines[-1])
-
-
-_COMPILER_ERROR = re.compile(r"CMake Error|(?:fatal )?error: |^make.*\*\*\*|ninja: error")
-
-
-def build_error(text: str) -> str:
-    """The first error in what cmake, ninja and compilers printed.
-
-    CMake puts the reason on the lines after ``CMake Error at FILE:LINE``.
-    """
-    lines = [line.strip() for line in text.splitlines()]
-    for number, line in enumerate(lines):
-        if _COMPILER_ERROR.search(line):
-            rest = [x for x in lines[number + 1 :] if x] if line.startswith("CMake Error") else []
-            return " ".join([line, *rest[:1]])
-    return essential_line(lines[-40:])
