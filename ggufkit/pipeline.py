@@ -133,10 +133,6 @@ def convert(
             f"{imatrix} was made of the model before scales are folded in",
             "Use --imatrix auto, which makes one of the folded model",
         )
-    if isinstance(imatrix, Path) and not imatrix.is_file():
-        raise UsageError(
-            f"There is no importance matrix {imatrix}", "Name a file, or use --imatrix auto"
-        )
     job = Conversion(
         *(store, build, source, fetch, calibration or Calibration(), wanted, progress),
         awq=awq_options or AwqOptions(),
@@ -145,6 +141,7 @@ def convert(
         guard=guard,
         verify=_checked(verify),
     )
+    job.check_importance()
     scales: dict[str, Artifact] = {}
     for type in filter(is_float, wanted if awq or gptq else ()):
         name = "AWQ" if awq else "GPTQ"
@@ -269,7 +266,8 @@ def quantize(
     from ggufkit.llamacpp import toolchain
     from ggufkit.llamacpp.gguf import read_gguf
     from ggufkit.quantize import stages
-    from ggufkit.quantize.types import parse_type, space_forecast, stem_of
+    from ggufkit.quantize.imatrix import read_imatrix
+    from ggufkit.quantize.types import parse_type, require_importance, space_forecast, stem_of
     from ggufkit.store import Store, require_space
 
     wanted = list(dict.fromkeys(parse_type(t) for t in types))
@@ -277,6 +275,12 @@ def quantize(
     build = toolchain.find_build()
     store = Store(models_dir or settings.models_dir())
     stem = stem_of(gguf)
+    if imatrix:
+        read_imatrix(imatrix)
+    else:
+        maps = [t for t in header.tensors if len(t.shape) > 1 and t.name.startswith("blk.")]
+        for type in wanted:
+            require_importance(type, (t.shape[0] for t in maps))
     require_space(store.root, space_forecast(header.parameters, wanted), f"quantizing {gguf.name}")
     calibrated = leaks.calibrations_of(store, gguf, library.manifest_of(gguf))
     if imatrix:

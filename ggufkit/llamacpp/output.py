@@ -52,6 +52,9 @@ class QuantizeOutput:
         bits_per_weight: of the result, as the tool says (two decimals).
         seconds: wall time.
         peak_rss_nbytes: peak resident memory of the tool.
+        without_importance: tensors that the importance matrix had nothing for, or
+            something of another size; none without a matrix, and none in a dry run,
+            which says nothing of them.
     """
 
     tensors: tuple[TensorPlan, ...]
@@ -62,6 +65,7 @@ class QuantizeOutput:
     bits_per_weight: float
     seconds: float
     peak_rss_nbytes: int
+    without_importance: tuple[str, ...] = ()
 
     def bits_per_weight_asked(self, written: GGUFFile) -> float:
         """Bits per weight if no tensor had fallen back.
@@ -133,7 +137,10 @@ _FALLBACK = re.compile(
 )
 _FALLBACK_COUNT = re.compile(r"WARNING: (\d+) of (\d+) tensor\(s\) required fallback")
 # Put into the middle of a tensor's line when the imatrix has nothing for it.
-_INTERJECTION = re.compile(r"\n====== [^\n]*\n")
+_INTERJECTION = re.compile(r"\n====== ([^\n]*)\n")
+_WITHOUT_IMPORTANCE = re.compile(
+    r"(?:did not find weights for|imatrix size \d+ is different from tensor size \d+ for) (\S+)$"
+)
 _QUANT_SIZE = re.compile(rf"quant size *= *{_NUMBER} MiB \(({_NUMBER}) BPW\)")
 
 
@@ -169,7 +176,11 @@ def parse_quantize(text: str, *, seconds: float, peak_rss_nbytes: int) -> Quanti
         raise ToolOutputError(
             f"llama-quantize counts {told_fallbacks} tensors that fell back, but named {len(got)}"
         )
+    remarks = [_WITHOUT_IMPORTANCE.search(remark) for remark in _INTERJECTION.findall(text)]
+    if None in remarks:
+        raise ToolOutputError("llama-quantize remarks something that cannot be read here")
     return QuantizeOutput(
+        without_importance=tuple(found[1] for found in remarks if found),
         tensors=tuple(tensors),
         fallbacks=dict(Counter(got.values())),
         fallback_tensors=got,
