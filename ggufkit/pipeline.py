@@ -265,6 +265,7 @@ def quantize(
     from ggufkit.evaluate import leaks
     from ggufkit.llamacpp import toolchain
     from ggufkit.llamacpp.gguf import read_gguf
+    from ggufkit.llamacpp.metadata import warn_of_vocabulary
     from ggufkit.quantize import stages
     from ggufkit.quantize.imatrix import read_imatrix
     from ggufkit.quantize.types import parse_type, require_importance, space_forecast, stem_of
@@ -272,6 +273,7 @@ def quantize(
 
     wanted = list(dict.fromkeys(parse_type(t) for t in types))
     header = read_gguf(gguf, arrays=False)
+    warn_of_vocabulary(header, progress)
     build = toolchain.find_build()
     store = Store(models_dir or settings.models_dir())
     stem = stem_of(gguf)
@@ -343,13 +345,11 @@ def ppl(
     """
     from ggufkit.evaluate import perplexity
     from ggufkit.llamacpp import toolchain
-    from ggufkit.llamacpp.gguf import read_gguf
     from ggufkit.store import Store
 
     if context < 8 or (chunks is not None and chunks < 1):
         raise UsageError("a context needs at least 8 tokens, and at least 1 chunk")
-    for model in models:
-        read_gguf(model, arrays=False)  # a broken file is told before hours of work on others
+    _check_files(models, progress)  # a broken one is told before hours of work on others
     build = toolchain.find_build()
     store = Store(models_dir or settings.models_dir())
     specs = [text] if isinstance(text, str) else text
@@ -374,6 +374,15 @@ def ppl(
                 progress=progress,
             )
     return [found[part.digest, model] for part in read for model in models]
+
+
+def _check_files(models: Sequence[Path], progress: Progress) -> None:
+    """Read the headers of GGUFs, for errors and for what is to be known before work."""
+    from ggufkit.llamacpp.gguf import read_gguf
+    from ggufkit.llamacpp.metadata import warn_of_vocabulary
+
+    for model in dict.fromkeys(models):
+        warn_of_vocabulary(read_gguf(model, arrays=False), progress)
 
 
 def _texts(
@@ -452,6 +461,7 @@ def bench(
         again=again,
         progress=progress,
     )
+    _check_files(models, progress)
     for model in models:
         speed.settings(model)  # what cannot be measured is told before time is spent on others
     return [result for model in models for result in speed.measure(model)]
@@ -509,6 +519,7 @@ def compare(
         raise UsageError(f"a confidence lies between 0 and 1, and {confidence} does not")
     if not models:
         raise UsageError("there is no model to compare with the reference", "Name one or more")
+    _check_files((reference, *models), progress)
     store = Store(models_dir or settings.models_dir())
     setting = comparison.Setting(context, chunks, gpu_layers, confidence, seed, reference_cache)
     comparer = comparison.Comparer(
@@ -548,11 +559,9 @@ def task(
     from ggufkit.evaluate import tasks
     from ggufkit.evaluate.questions import choose, read_questions
     from ggufkit.llamacpp import toolchain
-    from ggufkit.llamacpp.gguf import read_gguf
     from ggufkit.store import Store
 
-    for model in models:
-        read_gguf(model, arrays=False)  # a broken file is told before hours of work on others
+    _check_files(models, progress)  # a broken one is told before hours of work on others
     build = toolchain.find_build()
     store = Store(models_dir or settings.models_dir())
     data = read_questions(file, name, progress)
@@ -701,12 +710,14 @@ def verify(
     from ggufkit import library
     from ggufkit.checkpoint.index import open_checkpoint
     from ggufkit.llamacpp.gguf import read_gguf
+    from ggufkit.llamacpp.metadata import warn_of_vocabulary
     from ggufkit.store import Store
     from ggufkit.verify.check import Verifier, require_names, verify_opens_only
 
     names = require_names(allowed)
     fetch = fetch or FetchOptions()
     header = read_gguf(gguf, arrays=False)
+    warn_of_vocabulary(header, progress)
     if against is None:
         manifest = library.manifest_of(gguf)
         origin = str(manifest.facts.get("origin") or "") if manifest else ""
@@ -812,8 +823,9 @@ def doctor(*, models_dir: Path | None = None) -> tuple["Finding", ...]:
     return examine(models_dir)
 
 
-def inspect(gguf: Path) -> "Inspection":
+def inspect(gguf: Path, *, progress: Progress = SILENT) -> "Inspection":
     """Look at a GGUF; see :func:`ggufkit.quantize.inspect.inspect`."""
+    _check_files([gguf], progress)
     from ggufkit import library
     from ggufkit.quantize.inspect import inspect as look
 
@@ -1078,10 +1090,12 @@ def describe_for_ollama(
 
     from ggufkit import library
     from ggufkit.llamacpp.gguf import read_gguf
+    from ggufkit.llamacpp.metadata import warn_of_vocabulary
     from ggufkit.ollama import modelfile_for
     from ggufkit.store import Store
 
     header = read_gguf(model)
+    warn_of_vocabulary(header, progress)
     config = library.generation_config(Store(models_dir or settings.models_dir()), model)
     try:
         generation = json.loads(config.read_text(encoding="utf-8")) if config else {}

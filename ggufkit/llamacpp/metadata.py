@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from ggufkit.progress import Progress
 from ggufkit.values import GGUFFile, Json
 
 SPECIAL_TOKENS = (
@@ -139,10 +140,29 @@ class Metadata:
         return kind in ("llama", "bert") or pre in _PRE_WITH_BOS
 
     @property
+    def lacks_pre_tokenizer(self) -> bool:
+        """Whether a byte-level BPE does not say how text is split before merging.
+
+        llama.cpp then splits as GPT-2 did, which gives most models other tokens than
+        they were trained on. Converters of before May 2024 wrote such files.
+        """
+        return self.get("tokenizer.ggml.model") == "gpt2" and not self.get("tokenizer.ggml.pre")
+
+    @property
     def sampling(self) -> dict[str, float]:
         """Sampling parameters that the model recommends, by ggufkit's names."""
         given = {name: self.get(f"general.sampling.{key}") for name, key in _SAMPLING_KEYS.items()}
         return {name: value for name, value in given.items() if value is not None}
+
+
+def warn_of_vocabulary(gguf: GGUFFile, progress: Progress) -> None:
+    """Tell that a file's vocabulary is not whole, before something is made with it."""
+    if Metadata(gguf).lacks_pre_tokenizer:
+        progress.warn(
+            f"{gguf.path.name} has no pre-tokenizer (tokenizer.ggml.pre): llama.cpp splits text "
+            "as GPT-2 did, so tokens, perplexity and answers may be off; convert the checkpoint "
+            "again"
+        )
 
 
 def split_parts(gguf: GGUFFile) -> tuple[Path, ...]:
