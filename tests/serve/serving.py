@@ -35,7 +35,7 @@ class FakeWords(Letters):
 
     longest_piece = 1
 
-    def tokenize(self, text: str, *, special: bool = True) -> list[int]:
+    def tokenize(self, text: str, *, special: bool = True, ends: bool = False) -> list[int]:
         return list(text.encode())
 
 

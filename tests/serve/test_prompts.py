@@ -27,9 +27,7 @@ class InProcess:
         self.template = ChatTemplate(template)
 
     def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-        from ggufkit.llamacpp.template import render
-
-        return render(self.template.text, messages, **variables)
+        return self.template.render(messages, **variables)
 
     def close(self) -> None:
         pass
