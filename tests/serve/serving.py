@@ -36,7 +36,7 @@ class FakeWords(Letters):
     longest_piece = 1
 
     def tokenize(self, text: str, *, special: bool = True, ends: bool = False) -> list[int]:
-        return list(text.encode())
+        return [*text.encode(), *(b"$" if ends else b"")]
 
 
 class FakeScorer:
