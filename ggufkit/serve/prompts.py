@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from ggufkit.errors import UsageError
+from ggufkit.llamacpp.conversing import ChatTemplate
 from ggufkit.llamacpp.fitting import text_of
 from ggufkit.llamacpp.rendering import Renderer, TemplateStoppedError
 from ggufkit.llamacpp.template import TemplateError
@@ -14,7 +15,7 @@ from ggufkit.serve.toolcalls import Dialect, Tool, dialect_of
 
 ChatMessage = Mapping[str, Any]
 """``role``, ``content`` (text, parts or None), ``reasoning_content``, and what calls of
-functions need besides: ``tool_calls`` (whose arguments are objects),
+functions need besides: ``tool_calls`` (whose arguments are objects, or JSON text of them),
 ``tool_call_id``, ``name``."""
 
 _INSTRUCTION = """\
@@ -27,7 +28,7 @@ class PromptMaker:
     """Makes prompts with a model's chat template.
 
     Args:
-        renderer: renders the template.
+        renderer: renders the template: here, or in a process of its own.
 
     Attributes:
         dialect: how the model writes calls of functions.
@@ -36,9 +37,9 @@ class PromptMaker:
             user's message, where the template takes no system message.
     """
 
-    def __init__(self, renderer: Renderer) -> None:
+    def __init__(self, renderer: Renderer | ChatTemplate) -> None:
         self._renderer = renderer
-        template = renderer.template
+        template = renderer if isinstance(renderer, ChatTemplate) else renderer.template
         own = "" if template.library is not None else template.text + template.tool_use
         self.dialect: Dialect = dialect_of(own)
         self.knows_tools = re.search(r"\btools\b", own) is not None
@@ -70,8 +71,9 @@ class PromptMaker:
         return self._renderer.render(messages, **given)
 
     def close(self) -> None:
-        """End the process that renders."""
-        self._renderer.close()
+        """End the process that renders, if there is one."""
+        if not isinstance(self._renderer, ChatTemplate):
+            self._renderer.close()
 
     def _plain(self, messages: Sequence[ChatMessage], tools: Sequence[Tool]) -> list[ChatMessage]:
         """The conversation for a template that knows system, user and assistant alone."""
@@ -117,13 +119,23 @@ class PromptMaker:
         if not (calls := message.get("tool_calls")):
             return message
         spelled = [
-            f"{self.dialect.opening}{json.dumps(call['function'], ensure_ascii=False)}"
+            f"{self.dialect.opening}"
+            f"{json.dumps(_with_object(call['function']), ensure_ascii=False)}"
             f"{self.dialect.closing}"
             for call in calls
         ]
         rest = {name: value for name, value in message.items() if name != "tool_calls"}
         said = [text_of(content)] if content else []
         return {**rest, "content": "\n".join([*said, *spelled])}
+
+
+def _with_object(function: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A called function with its arguments as an object, where they are JSON text of one."""
+    try:
+        read = json.loads(function["arguments"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return function
+    return {**function, "arguments": read} if isinstance(read, dict) else function
 
 
 def _joined(*contents: Any) -> Any:

@@ -149,3 +149,12 @@ def test_a_template_for_functions_is_the_one_that_knows_them() -> None:
     assert made.dialect is MISTRAL
     assert made.render(TALK, [TOOL]) == "f[TOOL_CALLS]"
     assert made.render(TALK[:1]) == "<user>do"
+
+
+def test_a_template_may_render_here_and_arguments_may_be_text() -> None:
+    made = PromptMaker(ChatTemplate(PLAIN))
+    call = {"function": {"name": "f", "arguments": '{"x": 1}'}}
+    talk = [TALK[0], {**TALK[1], "tool_calls": [call]}, TALK[2]]
+    assert made.render(talk) == made.render(TALK)
+    assert '{"name": "f", "arguments": {"x": 1}}' in made.render(talk)
+    made.close()
