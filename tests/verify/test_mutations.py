@@ -26,7 +26,6 @@ from tests.factory import ARCHITECTURES, make_checkpoint, write_demo_tokenizer
 from tests.test_factory import BLOCKS, CONVERTED
 from tests.verify.rewriting import rewrite
 
-
 WITH_BIAS = ("llama", "stablelm")
 """Families that take biases in attention on request, and whose biases llama.cpp adds."""
 
