@@ -16,7 +16,7 @@ from pathlib import Path
 from bench.perplexity import perplexity, quality
 from bench.processes import GGUFKIT, checked, mib, printed
 from ggufkit import settings, sources
-from ggufkit.evaluate.texts import load_text
+from ggufkit.texts.load import load_text
 from ggufkit.llamacpp import toolchain
 from ggufkit.llamacpp.toolchain import NativeBuild
 from ggufkit.values import Checkpoint

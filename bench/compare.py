@@ -17,7 +17,7 @@ from bench.perplexity import run_perplexity
 from bench.processes import GGUFKIT, checked, mib
 from ggufkit import pipeline, settings
 from ggufkit.evaluate.divergence import Meter
-from ggufkit.evaluate.texts import load_text
+from ggufkit.texts.load import load_text
 from ggufkit.llamacpp import toolchain
 from ggufkit.llamacpp.scoring import Scorer
 from ggufkit.llamacpp.toolchain import NativeBuild, ToolRun

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench.perplexity import perplexity, quality
 from ggufkit import pipeline, settings
-from ggufkit.evaluate.texts import load_text
+from ggufkit.texts.load import load_text
 from ggufkit.llamacpp import toolchain
 from ggufkit.llamacpp.toolchain import NativeBuild
 from ggufkit.values import Difference

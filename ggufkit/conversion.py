@@ -21,7 +21,7 @@ from ggufkit import settings
 from ggufkit.checkpoint.index import CheckpointIndex, open_checkpoint
 from ggufkit.checkpoint.tokenizer import check_tokenizer
 from ggufkit.errors import CheckpointError
-from ggufkit.evaluate import leaks, perplexity, texts
+from ggufkit.evaluate import leaks, perplexity
 from ggufkit.llamacpp.toolchain import NativeBuild
 from ggufkit.progress import Progress
 from ggufkit.quantize import stages
@@ -29,6 +29,7 @@ from ggufkit.quantize.stages import PlannedTensor
 from ggufkit.quantize.types import is_float, space_forecast
 from ggufkit.scaling.families import Family, family_of
 from ggufkit.store import Store, canonical_json, require_space
+from ggufkit.texts import load as texts
 from ggufkit.values import (
     Artifact,
     AwqOptions,

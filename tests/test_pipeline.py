@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from ggufkit import pipeline
 from ggufkit.checkpoint import open_checkpoint
 from ggufkit.evaluate import perplexity
-from ggufkit.evaluate.texts import load_text
+from ggufkit.texts.load import load_text
 from ggufkit.library import manifest_of
 from ggufkit.llamacpp import toolchain
 from ggufkit.llamacpp.gguf import read_gguf

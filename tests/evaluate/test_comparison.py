@@ -13,7 +13,7 @@ import pytest
 from ggufkit import pipeline
 from ggufkit.errors import GgufkitError, IntegrityError, SourceError, UsageError
 from ggufkit.evaluate import by_bytes, comparison
-from ggufkit.evaluate.texts import load_text
+from ggufkit.texts.load import load_text
 from ggufkit.llamacpp import host, toolchain
 from ggufkit.llamacpp.scoring import Scorer
 from ggufkit.llamacpp.toolchain import NativeBuild

@@ -14,7 +14,7 @@ from ggufkit import pipeline
 from ggufkit.errors import GgufkitError
 from ggufkit.evaluate import leaks
 from ggufkit.evaluate.leaks import RUN_WORDS, THRESHOLD, Calibrated, overlap
-from ggufkit.evaluate.texts import load_text
+from ggufkit.texts.load import load_text
 from ggufkit.library import manifest_of
 from ggufkit.llamacpp.toolchain import NativeBuild
 from ggufkit.progress import SILENT

@@ -12,8 +12,9 @@ import zstandard
 from huggingface_hub import constants
 
 from ggufkit.errors import GgufkitError, IntegrityError, SourceError, UsageError
-from ggufkit.evaluate import texts
-from ggufkit.evaluate.texts import BUILT_IN, HEAD_CHARACTERS, load_calibration, load_text
+from ggufkit.texts import datasets, stdlib
+from ggufkit.texts import load as texts
+from ggufkit.texts.load import BUILT_IN, HEAD_CHARACTERS, load_calibration, load_text
 from tests.sources.hubs import Hub, serving
 from tests.sources.test_modelscope import use as use_modelscope
 
@@ -266,7 +267,7 @@ def test_docstrings_come_from_source_that_is_not_run(
     (library / "c.py").write_text(f'"""Second. {long}"""\nclass C:\n    """Short."""\n')
     (library / "bad.py").write_text('"""\n')
     (library / "test/d.py").write_text(f'"""Test. {long}"""\n')
-    monkeypatch.setattr(texts.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
+    monkeypatch.setattr(stdlib.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
     expected = f"First. {long}\n\nSecond. {long}\n"
     assert content("stdlib-docstrings", tmp_path) == expected
 
@@ -296,7 +297,7 @@ def test_the_true_wikitext_gives_no_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digest = hashlib.sha256(WIKI_FILE.encode()).hexdigest()
-    monkeypatch.setattr(texts, "_WIKITEXT_SHA256", digest)
+    monkeypatch.setattr(datasets, "_WIKITEXT_SHA256", digest)
     progress = Warnings()
     file(tmp_path, "wiki.test.raw", WIKI_FILE)
     content("wikitext", tmp_path, text_dir=tmp_path, progress=progress)
@@ -315,7 +316,7 @@ def test_wikitext_from_the_hubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             archive.writestr("wikitext-2-raw/wiki.test.raw", WIKI_FILE)
         return into / "w.zip"
 
-    monkeypatch.setattr(texts, "_download", download)
+    monkeypatch.setattr(datasets, "_download", download)
     monkeypatch.setenv("GGUFKIT_HUB", "modelscope")
     progress = Warnings()
     text = load_text("wikitext", cache=tmp_path, progress=progress)
@@ -347,7 +348,7 @@ def test_wikitext_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def download(hub: str, *_: object) -> Path:
         raise SourceError(f"{hub} does not answer")
 
-    monkeypatch.setattr(texts, "_download", download)
+    monkeypatch.setattr(datasets, "_download", download)
     error = refused("wikitext", tmp_path)
     assert "huggingface does not answer" in error.message
     assert "modelscope does not answer" in error.message
@@ -356,7 +357,7 @@ def test_wikitext_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_damaged_download_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = file(tmp_path, "w.zip", b"PK")
-    monkeypatch.setattr(texts, "_download", lambda *_: broken)
+    monkeypatch.setattr(datasets, "_download", lambda *_: broken)
     error = refused("wikitext", tmp_path, IntegrityError)
     assert f"Remove {broken}" in error.hint
 
@@ -556,7 +557,7 @@ def test_without_network_every_place_is_named(
     def download(hub: str, repository: str, *_: object) -> Path:
         raise SourceError(f"{repository} does not answer")
 
-    monkeypatch.setattr(texts, "_download", download)
+    monkeypatch.setattr(datasets, "_download", download)
     error = refused(name, tmp_path)
     assert f"{name} cannot be fetched" in error.message
     assert error.message.count("does not answer") >= 2
