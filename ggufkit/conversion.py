@@ -165,7 +165,11 @@ class Conversion:
         load_torch()
         trust = self.fetch.trust_remote_code
         documents, kind = read_documents(
-            self.calibration_text.path, self.index, trust_remote_code=trust
+            self.calibration_text.path,
+            self.index,
+            name=Path(self.calibration_text.name).name,
+            trust_remote_code=trust,
+            progress=self.progress,
         )
         cut = cut_sequences(
             documents,

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ggufkit.errors import GgufkitError, SourceError
-from ggufkit.texts.load import CONTAINER_SUFFIXES, load_text
 from ggufkit.progress import SILENT, Progress
+from ggufkit.texts.files import CONTAINER_SUFFIXES
+from ggufkit.texts.load import load_text
 from ggufkit.values import Comparison, EvalResult, Text
 
 

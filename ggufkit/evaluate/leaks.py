@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 
 from ggufkit.errors import GgufkitError, IntegrityError
 from ggufkit.evaluate.perplexity import name_in_store
-from ggufkit.texts.load import BUILT_IN, load_calibration
 from ggufkit.llamacpp.gguf import read_gguf
 from ggufkit.progress import Progress
 from ggufkit.store import MANIFEST, Store, read_manifest
+from ggufkit.texts.load import BUILT_IN, load_calibration
 from ggufkit.values import Json, RunManifest, Text
 
 if TYPE_CHECKING:

@@ -105,9 +105,7 @@ def _kind(name: str, type: Any, types: Any) -> Kind:
 
 
 def _is_string(type: Any, types: Any) -> bool:
-    return bool(
-        types.is_string(type) or types.is_large_string(type) or types.is_string_view(type)
-    )
+    return bool(types.is_string(type) or types.is_large_string(type) or types.is_string_view(type))
 
 
 def _item(type: Any, types: Any) -> Any:

@@ -291,6 +291,7 @@ def _alpaca_rows(path: Path) -> list[dict[str, str]]:
 
 
 def pairs_as_text(lines: str) -> str:
+    """What :data:`ALPACA` gives as one text, with a blank line between the rows."""
     # Not splitlines, which takes more than newlines for the end of a line.
     rows = [json.loads(line) for line in lines.split("\n") if line]
     return "\n\n".join("\n".join(row[k] for k in _ALPACA_KEYS if row[k]) for row in rows)

@@ -174,7 +174,7 @@ def _read_rows(
         )
     if not empty:
         return found
-    reasons = "; ".join(f"{n} × {why}" for why, n in Counter(why for _, why in empty).items())
+    reasons = "; ".join(f"{why} ({n})" for why, n in Counter(why for _, why in empty).items())
     told = f"{_of(len(empty), table)} left out: {reasons} (the first is {empty[0][0]})"
     if not found or (most_needed and 2 * len(empty) >= len(table.numbers)):
         raise SourceError(

@@ -166,12 +166,12 @@ def _json_table(path: Path) -> Table:
             f"{error.start:,} is not UTF-8",
             "Convert the file with iconv",
         ) from error
-    array = _array(text, path)
-    if array is None:
+    rows, unit = _array(text, path), "row"
+    if rows is None:
         numbers, rows = _lines(text, path)
         unit = "line"
     else:
-        numbers, rows, unit = range(1, len(array) + 1), array, "row"
+        numbers = list(range(1, len(rows) + 1))
     for number, row in zip(numbers, rows, strict=True):
         if not isinstance(row, dict):
             raise SourceError(
@@ -264,10 +264,11 @@ def _together(kinds: set[Kind]) -> Kind:
     kinds = kinds - {"empty"} or {"empty"}
     if len(kinds) == 1:
         return next(iter(kinds))
-    for kind in ("turns", "mixed", "nested"):
-        if kind in kinds:
-            return kind  # type: ignore[return-value]
-    return "mixed" if "text" in kinds else "other"
+    if "turns" in kinds:
+        return "turns"
+    if "text" in kinds:
+        return "mixed"
+    return "nested" if "nested" in kinds else "other"
 
 
 def _holds_text(value: Json) -> bool:

@@ -11,7 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ggufkit.texts.columns import ANSWERED_KEYS, ASKED_KEYS, CONTEXT_KEYS, HISTORY_KEY, SYSTEM_KEYS, TOOLS_KEYS
+from ggufkit.texts.columns import (
+    ANSWERED_KEYS,
+    ASKED_KEYS,
+    CONTEXT_KEYS,
+    HISTORY_KEY,
+    SYSTEM_KEYS,
+    TOOLS_KEYS,
+)
 from ggufkit.texts.files import turns_in
 from ggufkit.values import Json
 

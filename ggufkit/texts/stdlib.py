@@ -21,10 +21,12 @@ def _topics() -> dict[str, str]:
 
 
 def pydoc(*_: object) -> tuple[str, str]:
+    """The whole language reference, and where it comes from."""
     return "\n".join(_topics().values()), "Python's own pydoc_data.topics"
 
 
 def pydoc_calibration(*_: object) -> tuple[str, str]:
+    """One half of the language reference, and where it comes from."""
     topics = list(_topics().values())
     return "\n".join(topics[::2]), "Python's own pydoc_data.topics, every other topic"
 
@@ -48,6 +50,7 @@ def _words(text: str) -> str:
 
 
 def stdlib_docstrings(*_: object) -> tuple[str, str]:
+    """The longer docstrings of the standard library, each once, and where they come from."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found = dict.fromkeys(
         doc for path in _library_files(root) for doc in _docstrings(path) if doc.isascii()

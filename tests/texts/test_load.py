@@ -14,7 +14,8 @@ from huggingface_hub import constants
 from ggufkit.errors import GgufkitError, IntegrityError, SourceError, UsageError
 from ggufkit.texts import datasets, stdlib
 from ggufkit.texts import load as texts
-from ggufkit.texts.load import BUILT_IN, HEAD_CHARACTERS, load_calibration, load_text
+from ggufkit.texts.datasets import HEAD_CHARACTERS
+from ggufkit.texts.load import BUILT_IN, load_calibration, load_text
 from tests.sources.hubs import Hub, serving
 from tests.sources.test_modelscope import use as use_modelscope
 
@@ -224,9 +225,9 @@ def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_json_lines_that_are_not(tmp_path: Path) -> None:
     error = refused(file(tmp_path, "a.jsonl", '{"text": "x"}\n{"te'), tmp_path, IntegrityError)
-    assert "line 2: not a JSON value" in error.message
+    assert "line 2 of a.jsonl is not JSON" in error.message
     error = refused(file(tmp_path, "b.json", '["one", "two"]'), tmp_path)
-    assert "line 1: not a JSON object" in error.message
+    assert "row 1 of b.json is no JSON object" in error.message
     error = refused(file(tmp_path, "c.jsonl", b'{"text": "\xff"}'), tmp_path)
     assert "not UTF-8" in error.message
     error = refused(file(tmp_path, "d.jsonl", '{"text": "\\ud800"}'), tmp_path)
@@ -574,15 +575,31 @@ SHARED = {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", 
     "row", [CHAT, SHARED, PAIRS[0], {"question": "Why?", "answer": "So."}], ids=str
 )
 @pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf", b"\n"])
-def test_chats_and_pairs_stay_rows(row: object, start: bytes, tmp_path: Path) -> None:
+def test_chats_and_pairs_become_rows_of_one_form(row: object, start: bytes, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(start + json.dumps(row).encode() + b"\n")
     text = load_calibration(str(path), cache=tmp_path / "cache")
-    assert text.path == path
-    assert (text.name, text.source) == (str(path), str(path))
-    assert text.digest == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert text.nbytes == path.stat().st_size
-    assert not (tmp_path / "cache").exists()
+    raw = text.path.read_bytes()
+    assert text.path == tmp_path / "cache/texts" / f"{text.digest[:16]}.jsonl"
+    assert text.digest == hashlib.sha256(raw).hexdigest()
+    assert (text.name, text.source, text.nbytes) == (str(path), str(path), len(raw))
+    again = load_calibration(str(text.path), cache=tmp_path / "cache")
+    assert (again.path, again.digest) == (text.path, text.digest)
+    # Each row keeps its line, so that errors name it.
+    assert raw.count(b"\n", 0, raw.index(b"{")) == start.count(b"\n")
+
+
+@pytest.mark.parametrize("suffix", [".json", ".parquet", ".feather", ".arrow"])
+def test_the_container_does_not_matter(suffix: str, tmp_path: Path) -> None:
+    rows = [SHARED, {"conversations": None}, SHARED]
+    lines = file(tmp_path, "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".json":
+        path.write_text(json.dumps(rows, indent=2))
+    else:
+        table(path, {"conversations": [row["conversations"] for row in rows]})
+    expected = load_calibration(str(lines), cache=tmp_path / "cache")
+    assert load_calibration(str(path), cache=tmp_path / "cache").digest == expected.digest
 
 
 @pytest.mark.parametrize(
@@ -607,7 +624,7 @@ def test_other_texts_are_texts(
     ("name", "data", "kind"),
     [
         ("missing.jsonl", None, SourceError),
-        ("a.jsonl", b"", UsageError),
+        ("a.jsonl", b"", SourceError),
         ("a.jsonl", b"GGUF\x03\0\0\0", IntegrityError),
         ("a.jsonl", b'{"text": "\xff"}', SourceError),
         ("a.txt", b"GGUF\x03\0\0\0", SourceError),
