@@ -25,6 +25,8 @@ TOOLS_KEYS = ("tools", "functions")
 HISTORY_KEY = "history"
 """What the column of earlier questions and answers is called."""
 
+_KNOWN = (*CHAT_KEYS, *ASKED_KEYS, *ANSWERED_KEYS)
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -142,6 +144,8 @@ def _only_text(table: Table) -> Chosen:
             f"Column 'text' of {table.path} {_described(kind)}", _readable(table, but="text")
         )
     possible = _of(table, "text", "mixed", "nested", "binary", "turns")
+    # Not that questions become the text because all answers are null.
+    possible += [name for name in _of(table, "empty", "other") if name in _KNOWN]
     if len(possible) == 1 and table.kinds[possible[0]] == "text":
         return Chosen("text", tuple(possible))
     raise _ambiguous(table, possible)

@@ -11,7 +11,7 @@ from ggufkit.errors import GgufkitError, SourceError
 from ggufkit.progress import SILENT, Progress
 from ggufkit.texts.columns import Chosen, choose_for_calibration, choose_text
 from ggufkit.texts.files import Table, read_plain, read_table
-from ggufkit.texts.rows import Conversation, EmptyRow, RowFault, read_chat, read_pair
+from ggufkit.texts.rows import Conversation, EmptyRow, RowFault, read_chat, read_pair, read_text
 from ggufkit.values import Json
 
 _HINTS = {
@@ -111,9 +111,7 @@ def _text(table: Table, chosen: Chosen, *, asked: bool, progress: Progress) -> s
         value = row.get(column)
         if value is None:
             raise EmptyRow(f"it has no '{column}'")
-        if not isinstance(value, str):
-            raise RowFault(f"'{column}' is not text")
-        return value
+        return read_text(value, f"'{column}'")
 
     read_rows = _read_rows(table, chosen, read, progress, most_needed=not asked)
     texts = [text for _, text in read_rows]

@@ -214,7 +214,7 @@ def _only_array(value: dict[str, Json]) -> list[Json] | None:
 
     None if the object is a row itself: a chat, or something with a text.
     """
-    arrays = {k: v for k, v in value.items() if isinstance(v, list) and v}
+    arrays = {k: v for k, v in value.items() if isinstance(v, list)}
     if len(arrays) == 1 and "text" not in value:
         ((key, rows),) = arrays.items()
         if key not in CHAT_KEYS and not is_turns(rows) and all(isinstance(r, dict) for r in rows):

@@ -94,6 +94,25 @@ def text_of(content: Json) -> str:
     return content or ""
 
 
+def read_text(value: Json, what: str) -> str:
+    """A string that UTF-8 can hold.
+
+    Args:
+        value: the string, or what is there instead.
+        what: what it is, in words.
+
+    Raises:
+        RowFault: it is no such string.
+    """
+    if not isinstance(value, str):
+        raise RowFault(f"{what} is not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RowFault(f"{what} has half a surrogate pair") from error
+    return value
+
+
 def read_chat(row: Mapping[str, Json], column: str) -> Conversation:
     """The conversation in a row of a file of chats.
 
@@ -130,9 +149,9 @@ def read_pair(row: Mapping[str, Json], asked: str, answered: str) -> Conversatio
             raise EmptyRow(f"it has no '{column}'")
     if isinstance(row[asked], list) or isinstance(row[answered], list):
         return _joined_chats(row, asked, answered)
-    contexts = (_text(row.get(key) or "", f"'{key}'") for key in CONTEXT_KEYS if key != asked)
-    question = "\n\n".join(p for p in (_text(row[asked], f"'{asked}'"), *contexts) if p.strip())
-    answer = _text(row[answered], f"'{answered}'")
+    contexts = (read_text(row.get(key) or "", f"'{key}'") for key in CONTEXT_KEYS if key != asked)
+    question = "\n\n".join(p for p in (read_text(row[asked], f"'{asked}'"), *contexts) if p.strip())
+    answer = read_text(row[answered], f"'{answered}'")
     for column, text in ((asked, question), (answered, answer)):
         if not text.strip():
             raise EmptyRow(f"'{column}' is blank")
@@ -153,7 +172,7 @@ def _chat(row: Mapping[str, Json], turns: Sequence[Message]) -> Conversation:
     """The conversation of some turns and of what stands beside them."""
     if not any(text_of(m.get("content")).strip() or _says_more(m) for m in turns):
         raise EmptyRow("a chat in which nothing is said")
-    return _conversation(_one_system([*_before(row), *turns]), _tools(row))
+    return _conversation(_one_system(_before(row), turns), _tools(row))
 
 
 def _conversation(
@@ -171,12 +190,6 @@ def _conversation(
 
 def _message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
-
-
-def _text(value: Json, what: str) -> str:
-    if not isinstance(value, str):
-        raise RowFault(f"{what} is not text")
-    return value
 
 
 # --- turns -------------------------------------------------------------------
@@ -246,17 +259,19 @@ def _content(value: Json) -> Json:
     return parts
 
 
-def _one_system(messages: list[Message]) -> list[Message]:
-    """The messages without a second system message at the start that says the same.
+def _one_system(before: Sequence[Message], turns: Sequence[Message]) -> list[Message]:
+    """The turns behind what stands before them, which may have the same system message.
 
     Raises:
-        RowFault: the row has a system message beside the turns and another in them.
+        RowFault: both have one, and they differ.
     """
-    if [m["role"] for m in messages[:2]] != ["system", "system"]:
-        return messages
-    if text_of(messages[0]["content"]) != text_of(messages[1].get("content")):
+    if not before or turns[0]["role"] != "system":
+        return [*before, *turns]
+    if before[0]["role"] != "system":
+        return [turns[0], *before, *turns[1:]]
+    if text_of(before[0]["content"]) != text_of(turns[0].get("content")):
         raise RowFault("it has two system messages, and they differ")
-    return messages[1:]
+    return [*before, *turns[1:]]
 
 
 # --- what stands beside the turns ----------------------------------------------
@@ -264,7 +279,7 @@ def _one_system(messages: list[Message]) -> list[Message]:
 
 def _before(row: Mapping[str, Json]) -> list[Message]:
     """The system message and the earlier exchanges that columns of their own hold."""
-    systems = [_text(row[key], f"'{key}'") for key in SYSTEM_KEYS if row.get(key) is not None]
+    systems = [read_text(row[key], f"'{key}'") for key in SYSTEM_KEYS if row.get(key) is not None]
     systems = list(dict.fromkeys(text for text in systems if text.strip()))
     if len(systems) > 1:
         raise RowFault("it has two system messages, and they differ")
@@ -275,7 +290,7 @@ def _before(row: Mapping[str, Json]) -> list[Message]:
     for exchange in history:
         if not isinstance(exchange, list) or len(exchange) != 2:
             raise RowFault(f"'{HISTORY_KEY}' holds something else than questions with answers")
-        asked, answered = (_text(said, f"'{HISTORY_KEY}'") for said in exchange)
+        asked, answered = (read_text(said, f"'{HISTORY_KEY}'") for said in exchange)
         before += [_message("user", asked), _message("assistant", answered)]
     return before
 

@@ -26,6 +26,8 @@ class Log:
 
 
 def as_table(rows: Sequence[Row]) -> pa.Table:
+    if not any(rows):
+        raise TypeError("a table without columns has no rows")
     names = list(dict.fromkeys(name for row in rows for name in row))
     return pa.table({name: pa.array([row.get(name) for row in rows]) for name in names})
 
