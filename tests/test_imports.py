@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "ggufkit"
 FLOORS = (
     {"cli", "__main__"},
     {"pipeline", "conversion"},
-    {"sources", "scaling", "quantize", "evaluate", "serve", "ollama", "library", "doctor"},
+    {"sources", "scaling", "quantize", "evaluate", "serve", "verify", "ollama", "library", "doctor"},
     {"texts"},
     {"llamacpp", "checkpoint", "store"},
     {"values", "errors", "progress", "settings", "__init__"},
@@ -32,8 +32,8 @@ ONLY_IN = {
     "pyarrow": {"texts/arrow.py"},
 }
 ONLY_INSIDE_FUNCTIONS = {
-    "torch": {"scaling", "checkpoint"},
-    "transformers": {"scaling", "checkpoint"},
+    "torch": {"scaling", "checkpoint", "verify"},
+    "transformers": {"scaling", "checkpoint", "verify"},
 }
 
 
