@@ -12,7 +12,17 @@ PACKAGE = Path(__file__).parent.parent / "ggufkit"
 FLOORS = (
     {"cli", "__main__"},
     {"pipeline", "conversion"},
-    {"sources", "scaling", "quantize", "evaluate", "serve", "verify", "ollama", "library", "doctor"},
+    {
+        "sources",
+        "scaling",
+        "quantize",
+        "evaluate",
+        "serve",
+        "verify",
+        "ollama",
+        "library",
+        "doctor",
+    },
     {"texts"},
     {"llamacpp", "checkpoint", "store"},
     {"values", "errors", "progress", "settings", "__init__"},
