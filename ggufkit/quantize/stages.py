@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from ggufkit import settings
 from ggufkit.checkpoint.index import CheckpointIndex
+from ggufkit.checkpoint.prepare import Prepared
 from ggufkit.errors import CheckpointError
 from ggufkit.llamacpp import toolchain
 from ggufkit.llamacpp.gguf import read_gguf, write_skeleton
@@ -26,9 +27,9 @@ from ggufkit.values import Artifact, Checkpoint, Json, QuantizeResult, QuantReci
 if TYPE_CHECKING:
     from ggufkit.quantize.imatrix import Floats
 
-_CONVERT_VERSION = 1
-_PLAN_VERSION = 2
-_QUANTIZE_VERSION = 1
+_CONVERT_VERSION = 2
+_PLAN_VERSION = 3
+_QUANTIZE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def convert(
     store: Store,
     build: NativeBuild,
     checkpoint: Checkpoint,
-    index: CheckpointIndex,
+    prepared: Prepared,
     scales: Artifact | None,
     fold: Callable[[Path], None] | None,
     progress: Progress,
@@ -72,7 +73,7 @@ def convert(
         store: the models directory.
         build: whose converter to run.
         checkpoint: what to convert.
-        index: its index.
+        prepared: the same with what could be mended.
         scales: the scales folded in, or None.
         fold: writes the folded checkpoint into a directory; None without scales.
         progress: told how far it is.
@@ -80,12 +81,12 @@ def convert(
             loses nothing of the checkpoint.
     """
     suffix = "-awq" if scales else ""
-    outtype = outtype or outtype_of(index)
+    outtype = outtype or outtype_of(prepared.index)
 
     def work(directory: Path) -> dict[str, Json]:
-        source = _named(directory, checkpoint)
+        source, report = prepared.path, directory / ".config.json"
         if fold:
-            source.unlink()
+            source = directory / ".source" / checkpoint.name
             fold(source)
         out = directory / f"{checkpoint.name}{suffix}-{outtype.upper()}.gguf"
         ran = toolchain.convert_checkpoint(
@@ -94,12 +95,20 @@ def convert(
             out,
             outtype=outtype,
             name=checkpoint.name,
+            options=prepared.converter_options,
+            report=report,
             log=store.log("convert"),
             progress=progress,
         )
-        # Not kept until publishing: disk is what a 7B model is short of.
-        shutil.rmtree(source.parent)
-        return {"peak_rss_nbytes": ran.peak_rss_nbytes}
+        if fold:
+            # Not kept until publishing: disk is what a 7B model is short of.
+            shutil.rmtree(source.parent)
+        read = json.loads(report.read_bytes())
+        return {
+            "peak_rss_nbytes": ran.peak_rss_nbytes,
+            "mended": [*prepared.notes, *_filled_notes(read)],
+            "config": read,
+        }
 
     return store.run(
         "convert",
@@ -113,16 +122,13 @@ def convert(
     )
 
 
-def _named(directory: Path, checkpoint: Checkpoint) -> Path:
-    """A link to the checkpoint by the model's name, in scratch.
-
-    The converter makes metadata (``general.basename``, ``general.finetune``) out
-    of the directory's name, which may be anything; so it is given this one.
-    """
-    link = directory / ".source" / checkpoint.name
-    link.parent.mkdir()
-    link.symlink_to(checkpoint.path.absolute(), target_is_directory=True)
-    return link
+def _filled_notes(report: Mapping[str, Json]) -> list[str]:
+    """What the config lacked and llama.cpp needs, in words."""
+    return [
+        f"config.json lacks {key}; {json.dumps(value)} was taken from {source}"
+        for key, (value, source) in report["filled"].items()
+        if source.startswith("transformers")
+    ]
 
 
 SCALES_FILE = "scales.safetensors"
@@ -142,7 +148,7 @@ def plan(
     store: Store,
     build: NativeBuild,
     checkpoint: Checkpoint,
-    index: CheckpointIndex,
+    prepared: Prepared,
     type: str,
     progress: Progress,
     *,
@@ -166,18 +172,19 @@ def plan(
 
     def write_vocab(directory: Path) -> dict[str, Json]:
         with ThreadPoolExecutor(1) as pool:
-            prepared = pool.submit(meanwhile or (lambda: None))
+            beside = pool.submit(meanwhile or (lambda: None))
             toolchain.convert_checkpoint(
                 build,
-                _named(directory, checkpoint),
+                prepared.path,
                 directory / "vocab.gguf",
                 outtype="f16",
                 name=checkpoint.name,
                 vocab_only=True,
+                options=prepared.converter_options,
                 log=store.log("convert"),
                 progress=progress,
             )
-            prepared.result()
+            beside.result()
         return {}
 
     def write_plan(directory: Path) -> dict[str, Json]:
@@ -191,9 +198,9 @@ def plan(
             work=write_vocab,
             progress=progress,
         )
-        names = _gguf_names(vocab.file(".gguf"), index)
+        names = _gguf_names(vocab.file(".gguf"), prepared.index)
         skeleton = directory / ".skeleton.gguf"
-        tensors = _skeleton_tensors(index, names)
+        tensors = _skeleton_tensors(prepared.index, names)
         write_skeleton(vocab.file(".gguf"), skeleton, tensors)
         level = directory / ".level-imatrix.gguf"
         if imatrix:
@@ -325,6 +332,7 @@ def quantize(
     imatrix: Path | None = None,
     allow_requantize: bool = False,
     calibrated: Sequence[Json] | None = None,
+    mended: Callable[[], Sequence[str]] = tuple,
     progress: Progress,
 ) -> Artifact:
     """Quantize a GGUF to one type with llama-quantize.
@@ -342,6 +350,8 @@ def quantize(
         allow_requantize: let already quantized tensors be quantized again.
         calibrated: on what texts the file is calibrated, for the manifest; None if
             that is not known. See :mod:`ggufkit.evaluate.leaks`.
+        mended: gives what was mended in the checkpoint, in words, for the manifest;
+            asked after ``source``.
         progress: told how far it is.
     """
 
@@ -368,6 +378,7 @@ def quantize(
             "nbytes": written.nbytes,
             "peak_rss_nbytes": told.peak_rss_nbytes,
             "origin": origin,
+            "mended": list(mended()),
             **({} if calibrated is None else {"calibrated": list(calibrated)}),
         }
 
