@@ -154,7 +154,7 @@ def convert(
     try:
         for type in wanted:
             made = job.make(type, scales.get(type))
-            notes = source.notes
+            notes = (*source.notes, *made.manifest.facts.get("mended", ()))
             if guard and not is_float(type):
                 made, told = job.guarded(type, made, scales.get(type))
                 notes = (*notes, told)
@@ -221,6 +221,8 @@ def awq(
     )
     scales = job.scales_for([wanted])[wanted]
     job.publish_folded(scales, out)
+    for note in job.prepared.notes:
+        progress.warn(note)
     facts = scales.manifest.facts
     return AwqResult(
         path=out,
