@@ -684,6 +684,12 @@ def break_quantized(directory: Path) -> None:
             else:
                 packed[name] = tensor
         save_file(packed, path, {"format": "pt"})
+        index = directory / "model.safetensors.index.json"
+        if index.exists():
+            content = json.loads(index.read_text())
+            others = {n: f for n, f in content["weight_map"].items() if f != path.name}
+            content["weight_map"] = others | dict.fromkeys(packed, path.name)
+            _write_json(index, content)
 
 
 def break_architecture(directory: Path) -> None:

@@ -60,7 +60,7 @@ def check_not_quantized(
     method = found.get("quant_method", "of an unnamed method")
     bits = f", {found['bits']} bits" if "bits" in found else ""
     raise CheckpointError(
-        f"{path} is already quantized ({method}{bits}; see its tensor {packed}): "
+        f"{path} is already quantized ({method}{bits}), as its tensor {packed} shows: "
         "quantizing again would add error to error",
         "Use the original model that this one was made from (its model card names it)",
     )
