@@ -7,6 +7,7 @@ uses this.
 import dataclasses
 import hashlib
 import os
+import re
 import shutil
 import time
 from collections import Counter
@@ -27,8 +28,10 @@ from ggufkit.llamacpp.observing import check_opens
 from ggufkit.llamacpp.toolchain import NativeBuild
 from ggufkit.progress import Progress
 from ggufkit.quantize import stages
+from ggufkit.quantize.coverage import check_against_checkpoint
+from ggufkit.quantize.imatrix import read_imatrix
 from ggufkit.quantize.stages import PlannedTensor
-from ggufkit.quantize.types import is_float, space_forecast
+from ggufkit.quantize.types import is_float, require_importance, space_forecast
 from ggufkit.scaling.families import Family, family_of
 from ggufkit.store import Store, canonical_json, require_space
 from ggufkit.texts import load as texts
@@ -55,6 +58,7 @@ if TYPE_CHECKING:
     from ggufkit.scaling.fold import Change
 
 IMPORTANCE = "importance.safetensors"
+_IN_BLOCK = re.compile(r"\.\d+\.")
 _FOLDED = "awq"
 """Directory of a folded checkpoint that holds its scales and how they were found."""
 _AWQ_VERSION = 4
@@ -151,6 +155,24 @@ class Conversion:
         needed = copies * max(self.index.nbytes, wider)
         needed += space_forecast(self.index.parameters, self.types)
         require_space(self.store.root, needed, f"converting {self.checkpoint.name}")
+
+    def check_importance(self) -> None:
+        """Refuse a type that needs an importance matrix, and a matrix of another model.
+
+        Raises:
+            GgufkitError: before any work; what needs a GGUF to see is checked later.
+        """
+        if isinstance(self.imatrix, Path):
+            check_against_checkpoint(self.imatrix, read_imatrix(self.imatrix), self.index)
+        elif self.imatrix is None:
+            side = 0 if "GPT2LMHeadModel" in self.index.architectures else -1
+            columns = {
+                tensor.shape[side]
+                for name, tensor in self.index.tensors.items()
+                if len(tensor.shape) > 1 and _IN_BLOCK.search(name)
+            }
+            for type in self.types:
+                require_importance(type, columns)
 
     @cached_property
     def sequences(self) -> "Sequences":
@@ -569,6 +591,7 @@ class Conversion:
             calibrated=to_json(self._calibrated(scales, imatrix)),
             verify=self.verify,
             verification=lambda: self._intermediates[-1].manifest.facts["verification"],
+            own_imatrix=self.imatrix == "auto",
             progress=self.progress,
         )
 

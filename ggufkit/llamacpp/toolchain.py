@@ -26,7 +26,7 @@ from typing import IO, Any
 
 from ggufkit import settings
 from ggufkit.errors import GgufkitError, IntegrityError, SourceError, ToolError, ToolOutputError
-from ggufkit.llamacpp import host, leash, output
+from ggufkit.llamacpp import host, leash, output, reasons
 from ggufkit.llamacpp.output import PerplexityOutput, QuantizeOutput
 from ggufkit.llamacpp.pin import read_pin, recipe_digest
 from ggufkit.progress import SILENT, Progress, Task
@@ -375,11 +375,13 @@ def explain_failure(ran: ToolRun, what: str, log: Path | None, line: str = "") -
     if ran.returncode < 0:
         name = signal.Signals(-ran.returncode).name
         hint = _SIGNAL_HINTS.get(name, "")
+        why = reasons.abort_reason(ran.tail)
         return ToolError(
-            f"{what} failed: {Path(ran.argv[0]).name} was ended by {name}",
+            f"{what} failed: {Path(ran.argv[0]).name} was ended by {name}"
+            + (f" ({why})" if why else ""),
             ". ".join(part for part in (hint, _log_hint(log)) if part),
         )
-    return ToolError(f"{what} failed: {line or output.essential_line(ran.tail)}", _log_hint(log))
+    return ToolError(f"{what} failed: {line or reasons.essential_line(ran.tail)}", _log_hint(log))
 
 
 # pip, by which everything is fetched.
@@ -471,8 +473,9 @@ def _download_error(requirement: str, sha256: str, ran: ToolRun, log: Path) -> G
             f"{requirement} hashes to {got[1]}, but {sha256} is expected",
             "The package index gives another file; do not use it",
         )
+    why = reasons.connection_problem(ran.tail) or reasons.essential_line(ran.tail)
     return SourceError(
-        f"{requirement} cannot be fetched: {output.essential_line(ran.tail)}",
+        f"{requirement} cannot be fetched: {why}",
         f"Look at the network, or at the index: {sys.executable} -m pip config list. "
         + _log_hint(log),
     )
@@ -789,7 +792,7 @@ def perplexity(
 
         ran = run(argv, on_text=on_text, log=log)
         ended = watch.chunks if ran.returncode else output.says_estimate(printed)
-        if ran.returncode < 0 or ended or output.says_error(ran.tail):
+        if ran.returncode < 0 or ended or reasons.says_error(ran.tail):
             break
     if ran.returncode != 0 or not watch.chunks:
         raise _perplexity_error(ran, model, text_name, context, log)

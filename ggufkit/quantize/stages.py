@@ -16,16 +16,25 @@ from typing import TYPE_CHECKING
 
 from ggufkit import settings
 from ggufkit.checkpoint.index import CheckpointIndex
-from ggufkit.errors import CheckpointError
+from ggufkit.errors import CheckpointError, ToolOutputError
 from ggufkit.llamacpp import toolchain
 from ggufkit.llamacpp.gguf import read_gguf, write_skeleton
 from ggufkit.llamacpp.observing import check_opens
+from ggufkit.llamacpp.output import QuantizeOutput
 from ggufkit.llamacpp.toolchain import NativeBuild
-from ggufkit.progress import Progress
+from ggufkit.progress import SILENT, Progress
+from ggufkit.quantize.coverage import (
+    Coverage,
+    coverage_notes,
+    coverage_of,
+    require_same_model,
+)
+from ggufkit.quantize.imatrix import read_imatrix
 from ggufkit.store import Store
 from ggufkit.values import (
     Artifact,
     Checkpoint,
+    GGUFFile,
     Json,
     QuantizeResult,
     QuantRecipe,
@@ -358,6 +367,7 @@ def quantize(
     calibrated: Sequence[Json] | None = None,
     verify: VerifyOptions | None = None,
     verification: Callable[[], Json] | None = None,
+    own_imatrix: bool = False,
     progress: Progress,
 ) -> Artifact:
     """Quantize a GGUF to one type with llama-quantize.
@@ -377,26 +387,37 @@ def quantize(
             that is not known. See :mod:`ggufkit.evaluate.leaks`.
         verify: how the source is compared with its checkpoint.
         verification: what came of it; called after ``source``.
-        progress: told how far it is.
+        own_imatrix: whether the matrix was made here, of this very model.
+        progress: told how far it is, and warned of what the matrix does not cover.
+
+    Raises:
+        CheckpointError: if the matrix was made of another model.
     """
 
     def work(directory: Path) -> dict[str, Json]:
         out = directory / f"{stem}-{recipe.type}.gguf"
-        told = toolchain.quantize(
-            build,
-            source().absolute(),
-            out.absolute(),
-            recipe.type,
-            imatrix=imatrix,
-            tensor_types=recipe.tensor_types,
-            allow_requantize=allow_requantize,
-            threads=settings.threads(),
-            log=store.log("quantize"),
-            progress=progress,
-        )
+
+        def run(*, dry_run: bool = False) -> QuantizeOutput:
+            return toolchain.quantize(
+                build,
+                gguf,
+                out.absolute(),
+                recipe.type,
+                imatrix=imatrix,
+                tensor_types=recipe.tensor_types,
+                allow_requantize=allow_requantize,
+                dry_run=dry_run,
+                threads=settings.threads(),
+                log=store.log("quantize"),
+                progress=SILENT if dry_run else progress,
+            )
+
+        gguf = source().absolute()
+        covered = _covered(imatrix, run(dry_run=True), own=own_imatrix) if imatrix else None
+        told = run()
         check_opens(out)
         written = read_gguf(out, arrays=False)
-        return {
+        facts: dict[str, Json] = {
             **({} if verification is None else {"verification": verification()}),
             "bits_per_weight": written.bits_per_weight,
             "bits_per_weight_asked": told.bits_per_weight_asked(written),
@@ -406,7 +427,12 @@ def quantize(
             "peak_rss_nbytes": told.peak_rss_nbytes,
             "origin": origin,
             **({} if calibrated is None else {"calibrated": list(calibrated)}),
+            **_imatrix_facts(covered, told),
+            **_experts_facts(recipe.type, written),
         }
+        for note in notes_of(facts):
+            progress.warn(note)
+        return facts
 
     return store.run(
         "quantize",
@@ -421,6 +447,48 @@ def quantize(
         work=work,
         progress=progress,
     )
+
+
+def _covered(imatrix: Path, planned: QuantizeOutput, *, own: bool) -> Coverage:
+    """What a matrix covers, by its file and llama-quantize's plan; before the work."""
+    entries = read_imatrix(imatrix)
+    covered = coverage_of(entries, planned.tensors)
+    if not own:
+        require_same_model(imatrix, entries, planned.tensors, covered)
+    return covered
+
+
+def _imatrix_facts(covered: Coverage | None, told: QuantizeOutput) -> dict[str, Json]:
+    """What a matrix covers, after llama-quantize's own remarks were compared with it."""
+    if covered is None:
+        return {}
+    inside = {name for name in told.without_importance if "blk." in name}
+    if unexpected := sorted(inside - set(covered.without)):
+        raise ToolOutputError(
+            f"llama-quantize made no use of the importance matrix's entry for {unexpected[0]}"
+        )
+    return {"imatrix": covered.facts}
+
+
+_EXPERTS_ALONE = "MXFP4_MOE"
+
+
+def _experts_facts(type: str, written: GGUFFile) -> dict[str, Json]:
+    """Whether a type that is for experts found none."""
+    none = type == _EXPERTS_ALONE and all(t.type != "MXFP4" for t in written.tensors)
+    return {"no_experts": True} if none else {}
+
+
+def notes_of(facts: Mapping[str, Json]) -> tuple[str, ...]:
+    """What a user is to know of a quantized file beside its numbers."""
+    notes = coverage_notes(facts)
+    if facts.get("no_experts"):
+        notes += (
+            f"{_EXPERTS_ALONE} puts the maps of experts alone into MXFP4 (4.25 bits per weight); "
+            "this model has none, so all that is quantized became Q8_0, and the file has "
+            f"{facts['bits_per_weight']:.2f} bits per weight",
+        )
+    return notes
 
 
 def result_of(artifact: Artifact, path: Path, notes: tuple[str, ...] = ()) -> QuantizeResult:
@@ -440,5 +508,5 @@ def result_of(artifact: Artifact, path: Path, notes: tuple[str, ...] = ()) -> Qu
         nbytes=facts["nbytes"],
         seconds=artifact.manifest.seconds,
         reused=artifact.reused,
-        notes=notes,
+        notes=(*notes, *notes_of(facts)),
     )
