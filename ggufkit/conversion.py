@@ -21,8 +21,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
 from ggufkit import settings
-from ggufkit.checkpoint.index import CheckpointIndex, open_checkpoint
 from ggufkit.checkpoint.config import suspicious_keys
+from ggufkit.checkpoint.index import CheckpointIndex, open_checkpoint
 from ggufkit.checkpoint.prepare import Prepared, prepare_checkpoint
 from ggufkit.errors import CheckpointError
 from ggufkit.evaluate import leaks, perplexity
