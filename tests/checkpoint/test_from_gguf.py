@@ -16,6 +16,9 @@ from ggufkit.llamacpp.toolchain import NativeBuild
 from tests.factory import CHAT_TEMPLATE, make_checkpoint
 
 HEADS, KV_HEADS, HIDDEN, VOCAB = 4, 2, 64, 512
+SIZES: dict[str, Any] = {
+    "hidden": HIDDEN, "intermediate": 96, "heads": HEADS, "kv_heads": KV_HEADS,
+}  # fmt: skip
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CALLS = ["<tool_call>", "</tool_call>"]
 MERGES = ["Ġ t", "h e", "Ġt he", "1 2", "Ã ¤", "a b", "Ċ Ċ", "' s", "Ġ Ġ", "n 1"]
@@ -121,11 +124,8 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 
 @pytest.fixture
 def original(kind: Kind, tmp_path: Path) -> Path:
-    sizes = {"hidden": HIDDEN, "intermediate": 96, "heads": HEADS, "kv_heads": KV_HEADS}
     # Qwen2's 1.5B has an output matrix of its own in the GGUF, though it is tied as published.
-    return make_checkpoint(
-        tmp_path / "original", kind.arch, tied=kind.arch == "llama", **sizes
-    )
+    return make_checkpoint(tmp_path / "original", kind.arch, tied=kind.arch == "llama", **SIZES)
 
 
 @pytest.fixture
@@ -172,6 +172,7 @@ def test_weights_are_the_same_in_shards_and_some_rows_at_a_time(
     index = open_checkpoint(rebuilt)
     count = len(index.shards)
     assert count > 2
+    assert index.dtype == "F32"
     assert index.shards[0] == f"model-00001-of-{count:05}.safetensors"
     assert not (rebuilt / "model.safetensors").exists()
     for shard in index.shards:
@@ -250,8 +251,7 @@ def test_tokens_are_llama_cpps(
 def test_qwen_composes_characters_and_keeps_calls_in_what_it_says(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    sizes = {"hidden": HIDDEN, "intermediate": 96, "heads": HEADS, "kv_heads": KV_HEADS}
-    checkpoint = make_checkpoint(tmp_path / "original", "qwen2", tied=False, **sizes)
+    checkpoint = make_checkpoint(tmp_path / "original", "qwen2", tied=False, **SIZES)
     kind = qwen2()
     model = write_gguf(tmp_path / "model.gguf", checkpoint, kind)
     rebuilt = rebuild(model, tmp_path / "rebuilt")
@@ -265,8 +265,7 @@ def test_qwen_composes_characters_and_keeps_calls_in_what_it_says(tmp_path: Path
 
 
 def test_another_kind_of_gguf_is_refused(tmp_path: Path) -> None:
-    sizes = {"hidden": HIDDEN, "intermediate": 96, "heads": HEADS, "kv_heads": KV_HEADS}
-    checkpoint = make_checkpoint(tmp_path / "original", **sizes)
+    checkpoint = make_checkpoint(tmp_path / "original", **SIZES)
     kind = llama()
     other = Kind(kind.arch, "llama-bpe", kind.tokens, kind.types, kind.ids)
     model = write_gguf(tmp_path / "other.gguf", checkpoint, other)
@@ -276,8 +275,7 @@ def test_another_kind_of_gguf_is_refused(tmp_path: Path) -> None:
 
 def test_a_tensor_that_nobody_expects_is_refused(tmp_path: Path) -> None:
     """A Llama has no biases here; leaving one out would be another function."""
-    sizes = {"hidden": HIDDEN, "intermediate": 96, "heads": HEADS, "kv_heads": KV_HEADS}
-    checkpoint = make_checkpoint(tmp_path / "original", "llama", bias=True, **sizes)
+    checkpoint = make_checkpoint(tmp_path / "original", "llama", bias=True, **SIZES)
     model = write_gguf(tmp_path / "model.gguf", checkpoint, llama())
     with pytest.raises(IntegrityError, match=r"LlamaForCausalLM does not have: .*\.bias"):
         rebuild(model, tmp_path / "rebuilt")
@@ -286,8 +284,7 @@ def test_a_tensor_that_nobody_expects_is_refused(tmp_path: Path) -> None:
 def test_a_weight_too_large_for_the_dtype_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    sizes = {"hidden": HIDDEN, "intermediate": 96, "heads": HEADS, "kv_heads": KV_HEADS}
-    checkpoint = make_checkpoint(tmp_path / "original", **sizes)
+    checkpoint = make_checkpoint(tmp_path / "original", **SIZES)
     tensors = load_file(checkpoint / "model.safetensors")
     tensors["model.norm.weight"][0] = 1e5
     save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
