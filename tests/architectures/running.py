@@ -1,0 +1,271 @@
+"""From a checkpoint to a verdict, each step in a process of its own.
+
+What takes seconds to import (torch, transformers, the converter) is imported once, and
+each step runs in a fork of that process: whatever it changes in a module is gone
+afterwards, and when llama.cpp ends its process, the others go on.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import runpy
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ggufkit.errors import GgufkitError
+from ggufkit.llamacpp import toolchain
+from ggufkit.llamacpp.toolchain import NativeBuild, ToolRun
+from tests.architectures import vocabularies
+from tests.architectures.recipes.shared import VOCAB
+from tests.architectures.row import CRASHED, NOT_LOADED, Kind, Verdict
+
+_TAIL_LINES = 40
+
+
+class EndedError(Exception):
+    """The process of a step ended without an answer; says by which signal or status."""
+
+
+def isolated(work: Callable[[], Any], log: Path) -> Any:
+    """Run ``work`` in a fork of this process.
+
+    Args:
+        work: what it gives, or raises, must be picklable.
+        log: gets all that it prints.
+
+    Returns:
+        What ``work`` gives.
+
+    Raises:
+        EndedError: if the process ended on its own account. Whatever ``work`` raises, too.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        _answer(work, writing, log)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        answer = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if not answer:
+        if os.WIFSIGNALED(status):
+            raise EndedError(signal.Signals(os.WTERMSIG(status)).name)
+        raise EndedError(f"exit status {os.WEXITSTATUS(status)}")
+    good, value = pickle.loads(answer)
+    if good:
+        return value
+    raise value
+
+
+def _answer(work: Callable[[], Any], writing: int, log: Path) -> None:
+    """Never returns: the child has copies of all that its parent must clean up."""
+    status = 1
+    try:
+        with log.open("ab") as sink:
+            os.dup2(sink.fileno(), 1)
+            os.dup2(sink.fileno(), 2)
+        try:
+            answer = pickle.dumps((True, work()))
+        except Exception as error:
+            traceback.print_exc()
+            answer = pickle.dumps((False, _picklable(error)))
+        with os.fdopen(writing, "wb") as pipe:
+            pipe.write(answer)
+        status = 0
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
+
+
+def _picklable(error: Exception) -> Exception:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+# --- the converter --------------------------------------------------------------
+
+
+def import_all(build: NativeBuild) -> None:
+    """Import what every step needs, the gguf-py that the converter came with before others.
+
+    The converter knows byte-level tokenizers by a hash over published vocabularies;
+    here it takes an unknown one for what it is.
+    """
+    sys.path[:0] = [str(build.scripts), str(build.scripts / "gguf-py")]
+    from conversion import base  # type: ignore[import-not-found]
+
+    known = base.TextModel.get_vocab_base_pre
+
+    def pre_tokenizer(self: Any, tokenizer: Any) -> str:
+        try:
+            name: str = known(self, tokenizer)
+        except NotImplementedError:
+            return vocabularies.PRE_TOKENIZER
+        return name
+
+    base.TextModel.get_vocab_base_pre = pre_tokenizer
+    toolchain.run = _run
+    import transformers
+    from transformers.models.llama import modeling_llama  # brings along what all models use
+
+    assert modeling_llama
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+_start = toolchain.run
+
+
+def _run(argv: Sequence[str | Path], **options: Any) -> ToolRun:
+    """As ``toolchain.run``; but Python scripts run in a fork, which has imported it all."""
+    spelled = [str(argument) for argument in argv]
+    if spelled[0] != sys.executable:
+        return _start(argv, **options)
+    log: Path = options["log"]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    begin = log.stat().st_size if log.exists() else 0
+    started = time.monotonic()
+    try:
+        status = isolated(lambda: _python(spelled[1:], options.get("env") or {}), log)
+    except EndedError as end:
+        status = -int(signal.Signals[str(end)]) if str(end).startswith("SIG") else 1
+    seconds = time.monotonic() - started
+    printed = log.read_bytes()[begin:].decode("utf-8", "replace")
+    if on_text := options.get("on_text"):
+        on_text(printed)
+    tail = tuple(printed.splitlines()[-_TAIL_LINES:])
+    return ToolRun(tuple(spelled), status, seconds, 0, tail)
+
+
+def _python(arguments: list[str], env: Mapping[str, str | None]) -> int:
+    """Exit status of ``python ARGUMENTS``."""
+    for name, value in env.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    try:
+        if arguments[0] == "-m":
+            sys.argv = arguments[1:]
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = arguments
+            runpy.run_path(arguments[0], run_name="__main__")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+# --- one recipe -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a recipe.
+
+    Attributes:
+        name: of the recipe.
+        verdict: how it ended.
+        figures: what was measured, by name.
+        seconds: wall time.
+    """
+
+    name: str
+    verdict: Verdict
+    figures: dict[str, float]
+    seconds: float
+
+
+def try_recipe(name: str, directory: Path, tokenizers: Path, build: NativeBuild) -> Result:
+    """Make a recipe's checkpoint, convert it, load and compare what came out.
+
+    Args:
+        name: a row of ``RECIPES``.
+        directory: for its files, and the log of all steps.
+        tokenizers: a directory with one of each kind.
+        build: llama.cpp.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    figures: dict[str, float] = {}
+    verdict = _try(name, directory, tokenizers, build, figures)
+    return Result(name, verdict, figures, time.monotonic() - started)
+
+
+def _try(
+    name: str, directory: Path, tokenizers: Path, build: NativeBuild, figures: dict[str, float]
+) -> Verdict:
+    from tests.architectures import comparing, making
+
+    checkpoint, gguf, log = directory / "checkpoint", directory / "f32.gguf", directory / "log"
+    try:
+        isolated(lambda: making.make(name, checkpoint, tokenizers) and None, log)
+    except Exception as error:
+        return Verdict(Kind.NOT_MADE, _one_line(error))
+    try:
+        isolated(lambda: _convert(build, checkpoint, gguf, name, log), log)
+    except (GgufkitError, EndedError) as error:
+        return Verdict(Kind.REFUSED, _one_line(error))
+    try:
+        isolated(lambda: comparing.load(gguf, build), log)
+    except (GgufkitError, EndedError) as error:
+        return Verdict(NOT_LOADED.kind, _one_line(error))
+    try:
+        figures |= isolated(lambda: comparing.compare(name, checkpoint, gguf, build), log)
+    except EndedError as error:
+        return Verdict(CRASHED.kind, _one_line(error))
+    return comparing.judge(figures)
+
+
+def _convert(build: NativeBuild, checkpoint: Path, gguf: Path, name: str, log: Path) -> None:
+    toolchain.convert_checkpoint(build, checkpoint, gguf, outtype="f32", name=name, log=log)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def results(
+    names: Sequence[str], directory: Path, build: NativeBuild, *, jobs: int
+) -> Iterator[Result]:
+    """Try recipes, ``jobs`` at a time; results come in the order in which they are done."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizers = directory / "tokenizers"
+    isolated(lambda: _write_tokenizers(tokenizers), directory / "log")
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        work = partial(_in_turn, directory=directory, tokenizers=tokenizers, build=build)
+        yield from pool.imap_unordered(work, names)
+
+
+def _write_tokenizers(directory: Path) -> None:
+    for kind in ("spm", "bpe"):
+        vocabularies.write(kind, directory / kind, VOCAB)
+
+
+def _in_turn(name: str, directory: Path, tokenizers: Path, build: NativeBuild) -> Result:
+    torch.set_num_threads(1)
+    own = directory / name
+    result = try_recipe(name, own, tokenizers, build)
+    for path in own.glob("*.gguf"):
+        path.unlink()
+    return result
