@@ -15,7 +15,7 @@ from tests.architectures import running
 from tests.architectures.recipes import RECIPES
 from tests.architectures.running import Result
 
-COLUMNS = ("recipe", "as expected", "verdict", "expected", "KL", "difference", "seconds")
+COLUMNS = ("recipe", "as expected", "verdict", "expected", "KL", "difference", "memory", "seconds")
 
 
 def main() -> int:
@@ -59,7 +59,10 @@ def _fields(result: Result) -> tuple[str, ...]:
         "yes" if expected.covers(result.verdict) else "NO",
         str(result.verdict),
         str(expected),
-        *(f"{result.figures[key]:.1e}" if result.figures else "" for key in ("kl", "difference")),
+        *(
+            f"{result.figures[key]:.1e}" if result.figures else ""
+            for key in ("kl", "difference", "memory")
+        ),
         f"{result.seconds:.1f}",
     )
 

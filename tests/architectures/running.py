@@ -107,21 +107,12 @@ def import_all(build: NativeBuild) -> None:
     """Import what every step needs, the gguf-py that the converter came with before others.
 
     The converter knows byte-level tokenizers by a hash over published vocabularies;
-    here it takes an unknown one for what it is.
+    here it is told how the one of these recipes splits text.
     """
     sys.path[:0] = [str(build.scripts), str(build.scripts / "gguf-py")]
     from conversion import base  # type: ignore[import-not-found]
 
-    known = base.TextModel.get_vocab_base_pre
-
-    def pre_tokenizer(self: Any, tokenizer: Any) -> str:
-        try:
-            name: str = known(self, tokenizer)
-        except NotImplementedError:
-            return vocabularies.PRE_TOKENIZER
-        return name
-
-    base.TextModel.get_vocab_base_pre = pre_tokenizer
+    base.TextModel.get_vocab_base_pre = lambda model, tokenizer: vocabularies.PRE_TOKENIZER
     toolchain.run = _run
     import transformers
     from transformers.models.llama import modeling_llama  # brings along what all models use

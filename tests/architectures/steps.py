@@ -79,6 +79,16 @@ def _transpose(directory: Path, *, part: str) -> None:
     _save(directory, tensors | turned)
 
 
+def scaled(name: str, factor: float) -> Step:
+    """Multiply a tensor, so that logits reach where a cap begins."""
+    return partial(_scale, name=name, factor=factor)
+
+
+def _scale(directory: Path, *, name: str, factor: float) -> None:
+    tensors = load_file(directory / WEIGHTS)
+    _save(directory, tensors | {name: factor * tensors[name]})
+
+
 def mtp(block: int) -> Step:
     """Add a block for multi-token prediction, shaped as block number ``block``.
 

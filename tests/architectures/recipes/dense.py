@@ -6,11 +6,14 @@ from tests.architectures.recipes.shared import (
     GPT2,
     GRANITE,
     LONGROPE,
+    LOUD,
     MINISTRAL,
     MLA,
+    NOT_CAPPED,
     PHI,
     SPM,
     TIED,
+    UNCAPPED,
     VOCAB,
     layers,
     rope,
@@ -51,18 +54,13 @@ DENSE = {
         **SPM,
     ),
     "gemma4": Row("Gemma4", GEMMA4, **SPM),
-    # The converter leaves out a cap that is null, and llama.cpp takes 30.
     "gemma4_shared_kv": Row(
         "Gemma4",
-        GEMMA4
-        | layers("ssfssf")
-        | {
-            "num_kv_shared_layers": 3,
-            "use_double_wide_mlp": True,
-            "final_logit_softcapping": None,
-        },
+        GEMMA4 | layers("ssfssf") | {"num_kv_shared_layers": 3, "use_double_wide_mlp": True},
         **SPM,
-        expected=differs("final_logit_softcapping"),
+    ),
+    "gemma4_shared_kv_uncapped": Row(
+        of="gemma4_shared_kv", config=UNCAPPED, steps=(LOUD,), expected=NOT_CAPPED
     ),
     "glm": Row(
         "Glm",

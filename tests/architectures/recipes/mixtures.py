@@ -1,6 +1,7 @@
 """Mixtures of experts."""
 
 from tests.architectures.recipes.shared import (
+    BOS_NOT_READ,
     DBRX,
     DBRX_ATTENTION,
     DEEPSEEK,
@@ -11,14 +12,17 @@ from tests.architectures.recipes.shared import (
     LOCAL,
     LONGROPE,
     LOST_SCORING,
+    LOUD,
     MIMO,
     MLA,
     NOAUX,
+    NOT_CAPPED,
     PHI,
     ROUTED,
     SHARED,
     SIGMOID,
     SPM,
+    UNCAPPED,
     YARN,
     dense_first,
     layers,
@@ -42,9 +46,12 @@ MIXTURES = {
             "moe_intermediate_size": 64,
             "attention_k_eq_v": True,
             "num_global_key_value_heads": 1,
+            "final_logit_softcapping": 30.0,
         },
         **SPM,
-        expected=differs("final_logit_softcapping"),
+    ),
+    "gemma4_moe_uncapped": Row(
+        of="gemma4_moe", config=UNCAPPED, steps=(LOUD,), expected=NOT_CAPPED
     ),
     # RMS norm for LayerNorm, softmax for sparsemixer, mscales computed.
     "phimoe": Row(
@@ -67,8 +74,8 @@ MIXTURES = {
     "deepseek_v3_nextn": Row(
         of="deepseek_v3_built", steps=(NOAUX, keys(num_nextn_predict_layers=1))
     ),
-    "deepseek_v32": Row("DeepseekV32", DSA | {"n_group": 2}, expected=NOT_LOADED),
-    "deepseek_v32_pub": Row(of="deepseek_v32", steps=(NOAUX, DENSE_LAYER)),
+    "deepseek_v32": Row("DeepseekV32", DSA | {"n_group": 2}, expected=BOS_NOT_READ),
+    "deepseek_v32_pub": Row(of="deepseek_v32", steps=(NOAUX, DENSE_LAYER), expected=BOS_NOT_READ),
     "deepseek_v4": Row(
         "DeepseekV4",
         ROUTED

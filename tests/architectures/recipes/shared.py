@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from tests.architectures.row import Config, refused
-from tests.architectures.steps import keys
+from tests.architectures.row import Config, differs, refused
+from tests.architectures.steps import keys, scaled
 
 VOCAB = 512
 
@@ -115,7 +115,7 @@ GEMMA4 = layers("sssssf") | {
 }
 HYBRID = layers("lf") | {"shared_intermediate_size": 128}
 DENSE_HYBRID = HYBRID | {"num_local_experts": 0, "num_experts_per_tok": 0}
-DENSE_HYBRID |= {"position_embedding_type": "rope"}
+DENSE_HYBRID |= {"position_embedding_type": "rope", "shared_intermediate_size": 256}
 NEMOTRON_H = {
     "num_hidden_layers": 4,
     "ssm_state_size": 32,
@@ -145,6 +145,13 @@ SIGMOID = keys(scoring_func="sigmoid")
 NOAUX = keys(scoring_func="sigmoid", topk_method="noaux_tc")
 DENSE_LAYER = keys(first_k_dense_replace=1)
 MAMBA_LAYERS = keys(layer_types=["mamba", "attention"])
+# The converter leaves out a cap that is null, and llama.cpp takes 30.
+UNCAPPED = {"final_logit_softcapping": None}
+LOUD = scaled("model.norm.weight", 8.0)
+NOT_CAPPED = differs("final_logit_softcapping")
+# transformers 5 drops add_bos_token of tokenizer_config.json where there is a
+# tokenizer.json, and the converter insists on it for DeepSeek 3.2.
+BOS_NOT_READ = refused("add_bos_token")
 LOST_SCORING = "scoring_func"
 UNKNOWN = refused("does not know the architecture")
 """The pinned converter does not know the class."""
