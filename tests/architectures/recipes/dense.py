@@ -95,7 +95,8 @@ DENSE = {
     "seed_oss": Row("SeedOss", {"attention_dropout": 0.0, "residual_dropout": 0.0}),
     "apertus": Row("Apertus"),
     "arcee": Row("Arcee", **SPM),
-    "youtu": Row("Youtu", MLA),
+    # transformers 5.23 zeroes the row of the padding token when it reads one.
+    "youtu": Row("Youtu", MLA | {"pad_token_id": None}),
     "starcoder2": Row("Starcoder2"),
     "gpt2_built": Row("GPT2LMHeadModel", GPT2, expected=refused("n_ctx")),
     "gpt_bigcode": Row("GPTBigCode", GPT2),

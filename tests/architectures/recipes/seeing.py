@@ -33,7 +33,8 @@ SEEING = {
     # Publishers store experts transposed, and transformers 5 does not.
     "qwen3_vl_moe": Row(
         "Qwen3VLMoe",
-        EXPERTS | {"num_local_experts": 4} | MROPE_APART,
+        # Experts that are not square: transformers tells the layouts apart by shape.
+        EXPERTS | {"num_local_experts": 4, "moe_intermediate_size": 96} | MROPE_APART,
         parts=DEEPSTACK,
         expected=NOT_LOADED,
     ),
