@@ -11,6 +11,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from ggufkit.checkpoint.index import CheckpointIndex, open_checkpoint
 from ggufkit.checkpoint.tokenizer import check_tokenizer
 from ggufkit.errors import CheckpointError
 from ggufkit.evaluate import leaks, perplexity, texts
+from ggufkit.llamacpp.observing import check_opens
 from ggufkit.llamacpp.toolchain import NativeBuild
 from ggufkit.progress import Progress
 from ggufkit.quantize import stages
@@ -40,6 +42,7 @@ from ggufkit.values import (
     QuantRecipe,
     RoundingOptions,
     Text,
+    VerifyOptions,
     to_json,
 )
 
@@ -56,7 +59,7 @@ _FOLDED = "awq"
 _AWQ_VERSION = 4
 _IMATRIX_VERSION = 1
 _ROUND_VERSION = 2
-_REPLACE_VERSION = 1
+_REPLACE_VERSION = 2
 _REFINE_VERSION = 1
 _MORE_TO_REFINE = 4
 """How many times the text that rounding sees is learned from afterwards."""
@@ -81,6 +84,7 @@ class Conversion:
             one of the calibration text.
         rounding: how weights are rounded onto the grid of their type.
         guard: whether files made in a simpler way will be looked at too.
+        verify: how float GGUFs are compared with the checkpoint.
     """
 
     store: Store
@@ -94,6 +98,7 @@ class Conversion:
     imatrix: Path | Literal["auto"] | None = None
     rounding: RoundingOptions = field(default_factory=RoundingOptions)
     guard: bool = False
+    verify: VerifyOptions = field(default_factory=VerifyOptions)
     _intermediates: list[Artifact] = field(default_factory=list)
 
     @cached_property
@@ -557,6 +562,8 @@ class Conversion:
             source=lambda: self._intermediate(scales),
             imatrix=imatrix,
             calibrated=to_json(self._calibrated(scales, imatrix)),
+            verify=self.verify,
+            verification=lambda: self._intermediates[-1].manifest.facts["verification"],
             progress=self.progress,
         )
 
@@ -581,6 +588,7 @@ class Conversion:
             assert scales is not None
             self.fold_into(stages.scales_file(scales), directory)
 
+        outtype = (scales and (self.stored_dtype or "").lower()) or stages.outtype_of(self.index)
         made = stages.convert(
             self.store,
             self.build,
@@ -589,10 +597,33 @@ class Conversion:
             scales,
             fold if scales else None,
             self.progress,
-            outtype=(self.stored_dtype or "").lower() if scales else None,
+            outtype=outtype,
+            verifying=(lambda: self._verifying(outtype)) if self.verify.enabled else None,
+            verify=self.verify,
         )
         self._intermediates.append(made)
         return made.file(".gguf")
+
+    @contextmanager
+    def _verifying(self, outtype: str) -> Iterator[stages.Compare]:
+        """Ask transformers while the converter writes, then compare what it wrote."""
+        from ggufkit.verify.check import Verifier
+
+        with Verifier(
+            self.index,
+            trust_remote_code=self.fetch.trust_remote_code,
+            stored=outtype.upper(),
+            allowed=self.verify.allowed,
+        ) as verifier:
+            verifier.start()
+
+            def compare(gguf: Path) -> Json:
+                with self.progress.task("comparing with the checkpoint"):
+                    verification = verifier.check(gguf)
+                verification.require_same()
+                return verification.facts
+
+            yield compare
 
     def make(self, type: str, scales: Artifact | None) -> Artifact:
         """The GGUF of one type, rounded as was asked for."""
@@ -628,6 +659,7 @@ class Conversion:
                 self._intermediates.append(stock)
             out = directory / f"{stem}-{type}.gguf"
             told = self._replace(type, scales, refined, stock, out)
+            check_opens(out)
             looked_at = leaks.Calibrated(
                 "GPTQ", self.calibration_text.name, self.calibration_text.digest
             )
@@ -660,6 +692,7 @@ class Conversion:
                 "rounding": self.rounding,
                 "calibration": self.calibration_text.name,
                 **self._calibration_options,
+                **self.verify.key,
             },
             tool={"llama.cpp": self.build.commit},
             work=work,

@@ -30,6 +30,7 @@ from ggufkit.values import (
     TaskDifference,
     TaskResult,
     Text,
+    VerifyOptions,
     to_json,
 )
 
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from ggufkit.serve.hosting import Hosted
     from ggufkit.serve.model import Sampling
     from ggufkit.store import Store
+    from ggufkit.verify.values import Verification
 
 DEFAULT_TYPES = ("q4_k_m",)
 
@@ -67,6 +69,7 @@ def convert(
     out: Path | None = None,
     calibration: Calibration | None = None,
     keep_intermediate: bool = False,
+    verify: VerifyOptions | None = None,
     models_dir: Path | None = None,
     fetch: FetchOptions | None = None,
     progress: Progress = SILENT,
@@ -87,6 +90,8 @@ def convert(
         out: also put the files into this directory.
         calibration: what AWQ, rounding and the importance matrix look at.
         keep_intermediate: keep the float GGUF that the types are made from.
+        verify: how the float GGUF is compared with the checkpoint before anything is
+            published; see :func:`verify`.
         models_dir: the models directory.
         fetch: how the model is found and fetched.
         progress: who to tell.
@@ -138,6 +143,7 @@ def convert(
         imatrix=imatrix,
         rounding=rounding,
         guard=guard,
+        verify=_checked(verify),
     )
     scales: dict[str, Artifact] = {}
     for type in filter(is_float, wanted if awq or gptq else ()):
@@ -662,6 +668,78 @@ def _model_files(
     return list(files.values())
 
 
+def verify(
+    gguf: Path,
+    *,
+    against: str | None = None,
+    allowed: Sequence[str] = (),
+    models_dir: Path | None = None,
+    fetch: FetchOptions | None = None,
+    progress: Progress = SILENT,
+) -> "Verification":
+    """Compare a GGUF with the checkpoint that it was made from.
+
+    Opened by llama.cpp; tokens, vocabulary and end tokens; the chat template; and, for a
+    float GGUF, the function: predictions of both within float rounding.
+
+    Args:
+        gguf: the file. Of a quantized one the distance is a figure and no error.
+        against: the checkpoint, as for :func:`convert`; None for the one that the file's
+            manifest names if it is there, else the file is only opened and run.
+        allowed: names of differences that are no errors.
+        models_dir: the models directory.
+        fetch: how the checkpoint is found and fetched.
+        progress: who to tell.
+
+    Raises:
+        ToolError: if llama.cpp cannot open or run the file.
+    """
+    from ggufkit import library
+    from ggufkit.checkpoint.index import open_checkpoint
+    from ggufkit.llamacpp.gguf import read_gguf
+    from ggufkit.store import Store
+    from ggufkit.verify.check import Verifier, require_names, verify_opens_only
+
+    names = require_names(allowed)
+    fetch = fetch or FetchOptions()
+    header = read_gguf(gguf, arrays=False)
+    if against is None:
+        manifest = library.manifest_of(gguf)
+        origin = str(manifest.facts.get("origin") or "") if manifest else ""
+        if not (origin and Path(origin, "config.json").is_file()):
+            return verify_opens_only(gguf)
+        against = origin
+    source = _resolve(against, Store(models_dir or settings.models_dir()), fetch, progress)
+    if isinstance(source, Path):
+        raise UsageError(
+            f"{source.name} is a GGUF; a GGUF is compared with a checkpoint",
+            "Two GGUFs are compared by: ggufkit compare",
+        )
+    index = open_checkpoint(
+        source.path,
+        trust_remote_code=fetch.trust_remote_code,
+        allow_pickle=fetch.allow_pickle,
+    )
+    with (
+        Verifier(
+            index,
+            trust_remote_code=fetch.trust_remote_code,
+            stored=header.matrix_type,
+            allowed=names,
+        ) as verifier,
+        progress.task("comparing with the checkpoint"),
+    ):
+        return verifier.check(gguf)
+
+
+def _checked(verify: VerifyOptions | None) -> VerifyOptions:
+    from ggufkit.verify.check import require_names
+
+    options = verify or VerifyOptions()
+    require_names(options.allowed)
+    return options
+
+
 def _resolve(
     model: str, store: "Store", fetch: FetchOptions, progress: Progress
 ) -> Checkpoint | Path:
@@ -680,8 +758,9 @@ def _resolve(
 
 def _result_of(artifact: Artifact, path: Path, notes: tuple[str, ...] = ()) -> QuantizeResult:
     from ggufkit.quantize.stages import result_of
+    from ggufkit.verify.values import notes_of
 
-    return result_of(artifact, path, notes)
+    return result_of(artifact, path, (*notes, *notes_of(artifact.manifest.facts)))
 
 
 def _place(store: "Store", artifact: Artifact, out: Path | None) -> Path:

@@ -5,6 +5,7 @@ turn into JSON with :func:`to_json`.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,6 +153,14 @@ class GGUFFile:
     def bits_per_weight(self) -> float:
         """Bits of tensor data per element, over all tensors."""
         return 8 * sum(t.nbytes for t in self.tensors) / max(1, self.parameters)
+
+    @property
+    def matrix_type(self) -> str:
+        """The type of most elements, such as ``BF16``; empty without tensors."""
+        counts: Counter[str] = Counter()
+        for tensor in self.tensors:
+            counts[tensor.type] += tensor.parameters
+        return counts.most_common(1)[0][0] if counts else ""
 
 
 GGML_ROUNDING = "ggml"
@@ -587,6 +596,26 @@ class FetchOptions:
     revision: str | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Whether a GGUF is compared with its checkpoint before it is published.
+
+    Attributes:
+        enabled: compare; else only see that llama.cpp opens what is published.
+        allowed: names of differences that are no errors.
+    """
+
+    enabled: bool = True
+    allowed: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> dict[str, Json]:
+        """What a stage's key has of it: nothing where nothing is left out."""
+        if not self.enabled:
+            return {"verify": False}
+        return {"allow_difference": sorted(self.allowed)} if self.allowed else {}
 
 
 CHAT_KEYS = ("messages", "conversations")

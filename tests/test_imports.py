@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "ggufkit"
 FLOORS = (
     {"cli", "__main__"},
     {"pipeline", "conversion"},
-    {"sources", "scaling", "quantize", "evaluate", "serve", "ollama", "library", "doctor"},
+    {"sources", "scaling", "quantize", "evaluate", "serve", "verify", "ollama", "library", "doctor"},
     {"llamacpp", "checkpoint", "store"},
     {"values", "errors", "progress", "settings", "__init__"},
 )
@@ -30,8 +30,8 @@ ONLY_IN = {
     "nicegui": {"serve/ui"},
 }
 ONLY_INSIDE_FUNCTIONS = {
-    "torch": {"scaling", "checkpoint"},
-    "transformers": {"scaling", "checkpoint"},
+    "torch": {"scaling", "checkpoint", "verify"},
+    "transformers": {"scaling", "checkpoint", "verify"},
 }
 
 

@@ -1,5 +1,6 @@
 """Hugging Face checkpoints: look into them, stream their tensors, write them."""
 
+from ggufkit.checkpoint.chat_template import CheckpointTemplates, read_templates
 from ggufkit.checkpoint.index import (
     CheckpointIndex,
     TensorEntry,
@@ -14,6 +15,7 @@ from ggufkit.checkpoint.write import write_checkpoint
 
 __all__ = [
     "CheckpointIndex",
+    "CheckpointTemplates",
     "TensorEntry",
     "TensorReader",
     "check_tokenizer",
@@ -21,5 +23,6 @@ __all__ = [
     "digest_checkpoint",
     "open_checkpoint",
     "open_config",
+    "read_templates",
     "write_checkpoint",
 ]

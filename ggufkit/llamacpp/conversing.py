@@ -1,15 +1,18 @@
 """How a model was taught to converse: its chat template, or one that was given instead."""
 
 import ctypes
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from ggufkit.errors import UsageError
+from ggufkit.checkpoint.chat_template import TOOL_USE, CheckpointTemplates
+from ggufkit.errors import CheckpointError, UsageError
+from ggufkit.llamacpp.fitting import Fitting, text_of
 from ggufkit.llamacpp.metadata import Metadata
-from ggufkit.llamacpp.template import Message, TemplateError, render
+from ggufkit.llamacpp.template import Message, RefusedError, TemplateError, render
 
 
 class NoTemplateError(UsageError):
@@ -20,53 +23,108 @@ class NoTemplateError(UsageError):
 class ChatTemplate:
     """Turns a conversation into the text that a model goes on from.
 
+    This is the one rule for what a template is given: chats, servers, files of
+    questions, calibration and checks all render by it.
+
     Attributes:
         text: Jinja text, or the name of one that llama.cpp has built in.
         library: the binding, if it is such a name; else None.
         bos: text of the token that begins a sequence.
         eos: text of the token that ends one.
+        tool_use: Jinja text for conversations with functions, of models that have
+            one of its own for these; else empty.
+        tokens: further special tokens by transformers' names, such as ``pad_token``.
     """
 
     text: str
     library: ModuleType | None = None
     bos: str = ""
     eos: str = ""
+    tool_use: str = ""
+    tokens: Mapping[str, str] = field(default_factory=dict, hash=False)
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The prompt of a conversation, up to where the answer begins.
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """The prompt of a conversation.
+
+        It is what transformers' ``apply_chat_template`` makes of it, save where
+        that would lose something or fail: content and arguments of calls are given
+        in the form that the template takes (:mod:`ggufkit.llamacpp.fitting`), and a
+        content of None becomes empty text where a template cannot do without.
+
+        Args:
+            messages: the conversation. Content is text, a list of parts, or None;
+                arguments of calls are objects or JSON text.
+            tools: functions as JSON schemas; None if there are none.
+            add_generation_prompt: whether it goes on to where the answer begins.
+            variables: further names that the template may use.
 
         Raises:
-            TemplateError: if the template is broken or refuses the messages.
-            UsageError: if one of llama.cpp's own refuses them.
+            RefusedError: if the template refuses the messages.
+            TemplateError: if it is broken, or cannot be given them.
+            UsageError: if one of llama.cpp's own cannot take them.
         """
         if self.library is not None:
-            return _render_builtin(self.library, self.text, messages)
-        if self._wants_parts:
-            messages = [{**m, "content": _as_parts(m["content"])} for m in messages]
-        return render(self.text, messages, bos=self.bos, eos=self.eos)
+            if tools or variables:
+                unknown = "functions" if tools else sorted(variables)[0]
+                raise UsageError(f"the chat template '{self.text}' does not know {unknown}")
+            return _render_builtin(self.library, self.text, messages, add_generation_prompt)
+        given = {"tools": tools, "add_generation_prompt": add_generation_prompt, **variables}
+        text = self.tool_use if tools is not None and self.tool_use else self.text
+        fitted = (self._fitting_tool_use if text is not self.text else self._fitting).fit(messages)
+        try:
+            return self._write(text, fitted, **given)
+        except RefusedError:
+            raise
+        except TemplateError:
+            whole = [{**m, "content": ""} if m.get("content") is None else m for m in fitted]
+            if whole == fitted:
+                raise
+            return self._write(text, whole, **given)
+
+    def _write(self, text: str, messages: Sequence[Message], **given: Any) -> str:
+        return render(text, messages, bos=self.bos, eos=self.eos, **{**self.tokens, **given})
 
     @cached_property
-    def _wants_parts(self) -> bool:
-        """Whether content must be a list of parts; templates of models that see want that.
+    def _fitting(self) -> Fitting:
+        return Fitting(partial(self._write, self.text))
 
-        Found out by trying, because such a template leaves plain text out in silence.
-        """
-
-        def renders(content: object) -> bool:
-            said = [{"role": "user", "content": content}]
-            try:
-                return _PROBE in render(self.text, said, bos=self.bos, eos=self.eos)
-            except TemplateError:
-                return False
-
-        return not renders(_PROBE) and renders(_as_parts(_PROBE))
+    @cached_property
+    def _fitting_tool_use(self) -> Fitting:
+        return Fitting(partial(self._write, self.tool_use))
 
 
-_PROBE = "What-is-seen?"
+def checkpoint_template(
+    templates: CheckpointTemplates, special_tokens: Mapping[str, Any], *, name: str
+) -> ChatTemplate:
+    """The chat template of a checkpoint, with the tokens that it may write.
 
+    Args:
+        templates: of the checkpoint.
+        special_tokens: ``special_tokens_map`` of its tokenizer in transformers.
+        name: of the checkpoint, for errors.
 
-def _as_parts(text: str) -> list[dict[str, str]]:
-    return [{"type": "text", "text": text}]
+    Raises:
+        CheckpointError: if it has none for plain conversations.
+    """
+    if not templates.default:
+        if templates.named:
+            raise CheckpointError(
+                f"{name} has chat templates ({', '.join(templates.named)}), but none that is "
+                "called 'default', so transformers cannot converse with it either",
+                "Put the one that you want into its chat_template.jinja",
+            )
+        raise CheckpointError(f"{name} has no chat template")
+    tokens = {k: str(v) for k, v in special_tokens.items() if isinstance(v, str)}
+    bos, eos = tokens.pop("bos_token", ""), tokens.pop("eos_token", "")
+    tool_use = templates.named.get(TOOL_USE, "")
+    return ChatTemplate(templates.default, None, bos, eos, tool_use, tokens)
 
 
 def find_template(metadata: Metadata, library: ModuleType, given: str | None) -> ChatTemplate:
@@ -75,33 +133,58 @@ def find_template(metadata: Metadata, library: ModuleType, given: str | None) ->
     Args:
         metadata: of the model.
         library: the binding.
-        given: a file with a Jinja template, or the name of one of llama.cpp's
-            own; None for the model's.
+        given: a file with a Jinja template, or the name of one of the model's or
+            of llama.cpp's; None for the model's default.
 
     Raises:
         NoTemplateError: if the model has none and none is given.
         UsageError: if what is given is neither.
     """
-    bos, eos = metadata.special("bos"), metadata.special("eos")
+    named = metadata.named_templates
+    plain = partial(
+        ChatTemplate,
+        bos=metadata.special("bos"),
+        eos=metadata.special("eos"),
+        tokens=_tokens(metadata),
+    )
     if given is None:
         if not metadata.chat_template:
-            raise NoTemplateError(
-                f"{metadata.gguf.path.name} has no chat template, so nobody knows how it was "
-                "taught to converse",
-                "Let it go on with your text: --completion. Or give a template: "
-                "--chat-template FILE, or the name of a usual one: --chat-template chatml",
-            )
-        return ChatTemplate(metadata.chat_template, bos=bos, eos=eos)
+            raise _no_template(metadata)
+        return plain(metadata.chat_template, tool_use=named.get(TOOL_USE, ""))
+    if given in named:
+        return plain(named[given])
     names = builtin_templates(library)
     if given in names:
         return ChatTemplate(given, library)
     try:
-        return ChatTemplate(Path(given).read_text(encoding="utf-8"), bos=bos, eos=eos)
+        return plain(Path(given).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"'{given}' is neither a readable file nor a chat template of llama.cpp",
             f"Those are: {', '.join(names)}",
         ) from error
+
+
+def _no_template(metadata: Metadata) -> NoTemplateError:
+    name, others = metadata.gguf.path.name, metadata.named_templates
+    if others:
+        return NoTemplateError(
+            f"{name} has chat templates ({', '.join(others)}), but none for plain conversations",
+            f"Name the one that you want: --chat-template {next(iter(others))}",
+        )
+    return NoTemplateError(
+        f"{name} has no chat template, so nobody knows how it was taught to converse",
+        "Let it go on with your text: --completion. Or give a template: "
+        "--chat-template FILE, or the name of a usual one: --chat-template chatml",
+    )
+
+
+_TOKENS = {"unknown": "unk_token", "seperator": "sep_token", "padding": "pad_token"}
+"""Special tokens by the names that templates know them by."""
+
+
+def _tokens(metadata: Metadata) -> dict[str, str]:
+    return {theirs: text for ours, theirs in _TOKENS.items() if (text := metadata.special(ours))}
 
 
 def builtin_templates(library: ModuleType) -> tuple[str, ...]:
@@ -112,15 +195,19 @@ def builtin_templates(library: ModuleType) -> tuple[str, ...]:
     return tuple(sorted(n.decode() for n in names if n))
 
 
-def _render_builtin(library: ModuleType, name: str, messages: Sequence[Message]) -> str:
+def _render_builtin(
+    library: ModuleType, name: str, messages: Sequence[Message], add_generation_prompt: bool
+) -> str:
+    if any(message.get("tool_calls") for message in messages):
+        raise UsageError(f"the chat template '{name}' does not know calls of functions")
     chat = (library.llama_chat_message * len(messages))(
-        *((m["role"].encode(), m["content"].encode()) for m in messages)
+        *((m["role"].encode(), text_of(m.get("content")).encode()) for m in messages)
     )
 
     def apply(buffer: object, size: int) -> int:
         return int(
             library.llama_chat_apply_template(
-                name.encode(), chat, len(messages), True, buffer, size
+                name.encode(), chat, len(messages), add_generation_prompt, buffer, size
             )
         )
 

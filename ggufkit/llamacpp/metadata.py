@@ -111,6 +111,13 @@ class Metadata:
         return str(self.get("tokenizer.chat_template") or "")
 
     @property
+    def named_templates(self) -> dict[str, str]:
+        """The model's further chat templates by name, such as ``tool_use``."""
+        prefix = "tokenizer.chat_template."
+        found = ((k, v) for k, v in self.gguf.metadata.items() if k.startswith(prefix))
+        return {k.removeprefix(prefix): v for k, v in sorted(found) if isinstance(v, str)}
+
+    @property
     def adds_bos(self) -> bool:
         """Whether the tokenizer puts the BOS token first."""
         value = self.get("tokenizer.ggml.add_bos_token")

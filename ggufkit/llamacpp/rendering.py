@@ -15,10 +15,12 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import fields
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ggufkit.llamacpp.conversing import ChatTemplate
-from ggufkit.llamacpp.template import TemplateError, render
+from ggufkit.llamacpp.template import RefusedError, TemplateError
 from ggufkit.llamacpp.toolchain import start_worker
 
 if TYPE_CHECKING:
@@ -51,31 +53,43 @@ class Renderer:
         self._worker: subprocess.Popen[bytes] | None = None
         self._closed = False
 
-    def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-        """The prompt of a conversation, up to where the answer begins.
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """The prompt of a conversation; see :meth:`ChatTemplate.render`.
 
         Args:
             messages: the conversation, of values that JSON has.
-            variables: further names that the template may look at.
+            tools: functions as JSON schemas; None if there are none.
+            add_generation_prompt: whether it goes on to where the answer begins.
+            variables: further names that the template may use.
 
         Raises:
-            TemplateError: if the template is broken or refuses the messages.
+            RefusedError: if the template refuses the messages.
+            TemplateError: if it is broken, or cannot be given them.
             TemplateStoppedError: if it takes too much time or memory.
-            UsageError: if it is one of llama.cpp's own and refuses the messages.
+            UsageError: if it is one of llama.cpp's own and cannot take them.
         """
         template = self.template
+        given = {"tools": tools, "add_generation_prompt": add_generation_prompt, **variables}
         if template.library is not None:
-            return template.render(messages)
-        names = {**variables, "bos": template.bos, "eos": template.eos}
+            return template.render(messages, **given)
+        own = {f.name: getattr(template, f.name) for f in fields(template) if f.name != "library"}
         question = {
-            **{"template": template.text, "messages": list(messages), "names": names},
+            **{"template": own, "messages": list(messages), "given": given},
             "seconds": self.seconds,
         }
         line = json.dumps(question, default=str).encode() + b"\n"
         with self._lock:
             told = self._ask(line)
         if "error" in told:
-            raise TemplateError(told["error"], told["hint"])
+            kind = RefusedError if told["refused"] else TemplateError
+            raise kind(told["error"], told["hint"])
         text: str = told["text"]
         return text
 
@@ -144,16 +158,25 @@ def main() -> None:
         sys.stdout.buffer.flush()
 
 
-def _answer(asked: dict[str, Any]) -> dict[str, str]:
+def _answer(asked: dict[str, Any]) -> dict[str, Any]:
     try:
-        text = render(asked["template"], asked["messages"], **asked["names"])
+        template = _template(json.dumps(asked["template"]))
+        text = template.render(asked["messages"], **asked["given"])
         if len(text) > _LONGEST:
             raise TemplateError(f"the model's chat template writes {len(text)} characters")
     except TemplateError as error:
-        return {"error": error.message, "hint": error.hint}
+        refused = isinstance(error, RefusedError)
+        return {"error": error.message, "hint": error.hint, "refused": refused}
     except Exception as error:  # a template can raise whatever Python has
-        return {"error": f"the model's chat template does not work: {error!r}", "hint": ""}
+        told = f"the model's chat template does not work: {error!r}"
+        return {"error": told, "hint": "", "refused": False}
     return {"text": text}
+
+
+@lru_cache(maxsize=1)
+def _template(spelled: str) -> ChatTemplate:
+    """The same object for the same template: it remembers what that takes."""
+    return ChatTemplate(**json.loads(spelled))
 
 
 def _limit_memory() -> None:

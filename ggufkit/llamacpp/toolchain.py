@@ -300,7 +300,7 @@ def run(
     )
 
 
-def start_worker(module: str) -> "subprocess.Popen[bytes]":
+def start_worker(module: str, errors: IO[bytes] | None = None) -> "subprocess.Popen[bytes]":
     """Start a module of this package as a process that is talked to.
 
     It must end when its stdin does, which is also when this process ends.
@@ -308,6 +308,7 @@ def start_worker(module: str) -> "subprocess.Popen[bytes]":
 
     Args:
         module: such as ``ggufkit.llamacpp.rendering``.
+        errors: a file that gets its stderr; None to drop it.
     """
     root = str(Path(__file__).parent.parent.parent)
     paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
@@ -316,7 +317,7 @@ def start_worker(module: str) -> "subprocess.Popen[bytes]":
         env={**os.environ, "PYTHONPATH": paths},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL if errors is None else errors,
         start_new_session=True,
     )
 

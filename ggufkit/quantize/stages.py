@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,17 +19,26 @@ from ggufkit.checkpoint.index import CheckpointIndex
 from ggufkit.errors import CheckpointError
 from ggufkit.llamacpp import toolchain
 from ggufkit.llamacpp.gguf import read_gguf, write_skeleton
+from ggufkit.llamacpp.observing import check_opens
 from ggufkit.llamacpp.toolchain import NativeBuild
 from ggufkit.progress import Progress
 from ggufkit.store import Store
-from ggufkit.values import Artifact, Checkpoint, Json, QuantizeResult, QuantRecipe, rounding_of
+from ggufkit.values import (
+    Artifact,
+    Checkpoint,
+    Json,
+    QuantizeResult,
+    QuantRecipe,
+    VerifyOptions,
+    rounding_of,
+)
 
 if TYPE_CHECKING:
     from ggufkit.quantize.imatrix import Floats
 
-_CONVERT_VERSION = 1
+_CONVERT_VERSION = 2
 _PLAN_VERSION = 2
-_QUANTIZE_VERSION = 1
+_QUANTIZE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,16 @@ class PlannedTensor:
 
     gguf_names: tuple[str, ...]
     type: str
+
+
+Compare = Callable[[Path], Json]
+"""Compares a float GGUF with its checkpoint; facts for the manifest."""
+Verifying = Callable[[], AbstractContextManager[Compare]]
+
+
+def _opens(gguf: Path) -> Json:
+    check_opens(gguf)
+    return "skipped"
 
 
 _OUTTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
@@ -65,6 +85,8 @@ def convert(
     progress: Progress,
     *,
     outtype: str | None = None,
+    verifying: Verifying | None = None,
+    verify: VerifyOptions | None = None,
 ) -> Artifact:
     """Convert a checkpoint, as it is or with scales folded in, to a float GGUF.
 
@@ -78,6 +100,10 @@ def convert(
         progress: told how far it is.
         outtype: the converter's output type; None or empty for the one that
             loses nothing of the checkpoint.
+        verifying: entered before the converter starts; what it gives compares the GGUF
+            with the checkpoint and returns facts for the manifest, or raises. None to
+            see only that llama.cpp opens it.
+        verify: what ``verifying`` was made with.
     """
     suffix = "-awq" if scales else ""
     outtype = outtype or outtype_of(index)
@@ -88,25 +114,30 @@ def convert(
             source.unlink()
             fold(source)
         out = directory / f"{checkpoint.name}{suffix}-{outtype.upper()}.gguf"
-        ran = toolchain.convert_checkpoint(
-            build,
-            source,
-            out,
-            outtype=outtype,
-            name=checkpoint.name,
-            log=store.log("convert"),
-            progress=progress,
-        )
-        # Not kept until publishing: disk is what a 7B model is short of.
-        shutil.rmtree(source.parent)
-        return {"peak_rss_nbytes": ran.peak_rss_nbytes}
+        with verifying() if verifying else nullcontext(_opens) as compare:
+            ran = toolchain.convert_checkpoint(
+                build,
+                source,
+                out,
+                outtype=outtype,
+                name=checkpoint.name,
+                log=store.log("convert"),
+                progress=progress,
+            )
+            # Not kept until publishing: disk is what a 7B model is short of.
+            shutil.rmtree(source.parent)
+            facts = compare(out)
+        return {"peak_rss_nbytes": ran.peak_rss_nbytes, "verification": facts}
 
     return store.run(
         "convert",
         version=_CONVERT_VERSION,
         model=checkpoint.name,
         inputs={"checkpoint": checkpoint.digest, "scales": scales_digest(scales)},
-        options={"outtype": outtype, "name": checkpoint.name},
+        options={
+            **{"outtype": outtype, "name": checkpoint.name},
+            **(verify.key if verify else {}),
+        },
         tool={"llama.cpp": build.commit},
         work=work,
         progress=progress,
@@ -325,6 +356,8 @@ def quantize(
     imatrix: Path | None = None,
     allow_requantize: bool = False,
     calibrated: Sequence[Json] | None = None,
+    verify: VerifyOptions | None = None,
+    verification: Callable[[], Json] | None = None,
     progress: Progress,
 ) -> Artifact:
     """Quantize a GGUF to one type with llama-quantize.
@@ -342,6 +375,8 @@ def quantize(
         allow_requantize: let already quantized tensors be quantized again.
         calibrated: on what texts the file is calibrated, for the manifest; None if
             that is not known. See :mod:`ggufkit.evaluate.leaks`.
+        verify: how the source is compared with its checkpoint.
+        verification: what came of it; called after ``source``.
         progress: told how far it is.
     """
 
@@ -359,8 +394,10 @@ def quantize(
             log=store.log("quantize"),
             progress=progress,
         )
+        check_opens(out)
         written = read_gguf(out, arrays=False)
         return {
+            **({} if verification is None else {"verification": verification()}),
             "bits_per_weight": written.bits_per_weight,
             "bits_per_weight_asked": told.bits_per_weight_asked(written),
             "fallbacks": told.fallbacks,
@@ -376,7 +413,10 @@ def quantize(
         version=_QUANTIZE_VERSION,
         model=model,
         inputs=inputs,
-        options={"recipe": recipe, "stem": stem, "allow_requantize": allow_requantize},
+        options={
+            **{"recipe": recipe, "stem": stem, "allow_requantize": allow_requantize},
+            **(verify.key if verify else {}),
+        },
         tool={"llama.cpp": build.commit},
         work=work,
         progress=progress,
