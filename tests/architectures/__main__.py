@@ -15,7 +15,7 @@ from tests.architectures import running
 from tests.architectures.recipes import RECIPES
 from tests.architectures.running import Result
 
-COLUMNS = ("recipe", "as expected", "verdict", "expected", "KL", "difference", "memory", "seconds")
+COLUMNS = ("recipe", "as expected", "verdict", "expected", "KL", "most", "warnings", "seconds")
 
 
 def main() -> int:
@@ -28,7 +28,7 @@ def main() -> int:
     rows, wrong = [COLUMNS], []
     with tempfile.TemporaryDirectory() as scratch:
         place = options.keep or Path(scratch)
-        for result in running.results(names, place, build, jobs=options.jobs):
+        for result in running.results(names, place, jobs=options.jobs):
             row = _fields(result)
             rows.append(row)
             print(f"{len(rows) - 1:3}/{len(names)}", *(field for field in row if field), sep="  ")
@@ -60,9 +60,10 @@ def _fields(result: Result) -> tuple[str, ...]:
         str(result.verdict),
         str(expected),
         *(
-            f"{result.figures[key]:.1e}" if result.figures else ""
-            for key in ("kl", "difference", "memory")
+            f"{result.figures[key]:.1e}" if key in result.figures else ""
+            for key in ("kl_mean", "kl_max")
         ),
+        " ".join(result.warnings),
         f"{result.seconds:.1f}",
     )
 

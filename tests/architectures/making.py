@@ -17,6 +17,7 @@ from tests import factory
 from tests.architectures.recipes import RECIPES
 from tests.architectures.recipes.shared import VOCAB
 from tests.architectures.row import Config, Row
+from tests.architectures.vocabularies import SENTENCEPIECE
 
 COMMON: Config = {
     "vocab_size": VOCAB,
@@ -80,7 +81,7 @@ def _from_factory(row: Row, directory: Path, tokenizers: Path) -> None:
         "hidden": COMMON["hidden_size"],
         "intermediate": COMMON["intermediate_size"],
         "vocab": VOCAB,
-        "tokenizer": tokenizers / "bpe" if row.tokenizer == "bpe" else None,
+        "tokenizer": None if row.tokenizer in SENTENCEPIECE else tokenizers / row.tokenizer,
     }
     factory.make_checkpoint(directory, row.factory, **sizes | row.config)
 

@@ -15,11 +15,15 @@ class Kind(enum.Enum):
     """How a conversion can end."""
 
     OK = "ok"
+    NEARLY = "nearly"
+    """The same by verify's bounds, and yet further away than rounding takes it."""
     DIFFERS = "differs"
     REFUSED = "refused"
-    NOT_LOADED = "cannot be loaded"
-    CRASHED = "crashed"
+    UNUSABLE = "unusable"
+    """llama.cpp cannot open or run what the converter wrote; nothing was published."""
     NOT_MADE = "not made"
+    FAULT = "fault"
+    """An exception that is none of ours, or a file that is published all the same."""
 
 
 @dataclass(frozen=True)
@@ -28,35 +32,40 @@ class Verdict:
 
     Attributes:
         kind: which of the ends.
-        detail: names of what differs, or words of the reason; of an expected
-            verdict, what must occur in the reason.
+        detail: what verify says, or the reason; of an expected verdict, words that must
+            occur there.
+        because: of an expected verdict, what is known to differ: a key of the config.
     """
 
     kind: Kind
     detail: str = ""
+    because: str = ""
 
     def covers(self, found: "Verdict") -> bool:
         """Whether this, as an expectation, is met by what was found."""
-        if self.kind is Kind.DIFFERS:  # names come with verify
-            return found.kind is self.kind
         return self.kind is found.kind and self.detail in found.detail
 
     def __str__(self) -> str:
-        return f"{self.kind.value}: {self.detail}" if self.detail else self.kind.value
+        parts = (self.kind.value, self.detail, self.because)
+        return ": ".join(part for part in parts if part)
 
 
 OK = Verdict(Kind.OK)
-NOT_LOADED = Verdict(Kind.NOT_LOADED)
-CRASHED = Verdict(Kind.CRASHED)
+UNUSABLE = Verdict(Kind.UNUSABLE)
 
 
-def differs(why: str) -> Verdict:
-    """The GGUF computes something else; ``why`` is for people."""
-    return Verdict(Kind.DIFFERS, why)
+def differs(because: str) -> Verdict:
+    """The GGUF computes something else."""
+    return Verdict(Kind.DIFFERS, "function", because)
+
+
+def nearly(because: str) -> Verdict:
+    """The GGUF computes something else, by less than verify minds."""
+    return Verdict(Kind.NEARLY, because=because)
 
 
 def refused(why: str) -> Verdict:
-    """Nothing is published; ``why`` occurs in the reason."""
+    """The converter, or what is done before it, gives up; ``why`` occurs in the reason."""
     return Verdict(Kind.REFUSED, why)
 
 
@@ -70,7 +79,7 @@ class Row:
         config: what its config has beyond, or instead of, the common one; with
             ``parts``, the config of the part that writes. ``model_type`` chooses
             another class for it.
-        tokenizer: ``bpe`` (byte-level) or ``spm`` (SentencePiece).
+        tokenizer: one of ``vocabularies.KINDS``.
         steps: done to the files, in this order.
         parts: configs of the parts that do not write; None for a model of one part.
         top: further keys of a config with parts.

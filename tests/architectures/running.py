@@ -6,30 +6,41 @@ afterwards, and when llama.cpp ends its process, the others go on.
 """
 
 import contextlib
+import json
+import math
 import multiprocessing
 import os
 import pickle
 import runpy
+import shutil
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ggufkit import pipeline
 from ggufkit.errors import GgufkitError
+from ggufkit.library import manifest_of
 from ggufkit.llamacpp import toolchain
+from ggufkit.llamacpp.observing import UnusableGGUFError
 from ggufkit.llamacpp.toolchain import NativeBuild, ToolRun
+from ggufkit.values import FetchOptions, Json, VerifyOptions
+from ggufkit.verify.values import NAMES
 from tests.architectures import vocabularies
+from tests.architectures.making import make
 from tests.architectures.recipes.shared import VOCAB
-from tests.architectures.row import CRASHED, NOT_LOADED, Kind, Verdict
+from tests.architectures.row import OK, Kind, Verdict
 
 _TAIL_LINES = 40
+_ROUNDING = 1e-7
+"""Mean KL divergence in nats that no order of float32 sums exceeds here."""
 
 
 class EndedError(Exception):
@@ -112,7 +123,7 @@ def import_all(build: NativeBuild) -> None:
     sys.path[:0] = [str(build.scripts), str(build.scripts / "gguf-py")]
     from conversion import base  # type: ignore[import-not-found]
 
-    base.TextModel.get_vocab_base_pre = lambda model, tokenizer: vocabularies.PRE_TOKENIZER
+    base.TextModel.get_vocab_base_pre = _pre_tokenizer
     toolchain.run = _run
     import transformers
     from transformers.models.llama import modeling_llama  # brings along what all models use
@@ -120,6 +131,12 @@ def import_all(build: NativeBuild) -> None:
     assert modeling_llama
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+def _pre_tokenizer(model: Any, _: Any) -> str:
+    config = json.loads((model.dir_model / "tokenizer_config.json").read_text(encoding="utf-8"))
+    rule: str = config[vocabularies.RULE]
+    return rule
 
 
 _start = toolchain.run
@@ -177,86 +194,99 @@ class Result:
     Attributes:
         name: of the recipe.
         verdict: how it ended.
-        figures: what was measured, by name.
+        figures: what verify measured, by name.
+        warnings: names of differences that are no errors.
         seconds: wall time.
     """
 
     name: str
     verdict: Verdict
-    figures: dict[str, float]
-    seconds: float
+    figures: dict[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    seconds: float = 0.0
 
 
-def try_recipe(name: str, directory: Path, tokenizers: Path, build: NativeBuild) -> Result:
-    """Make a recipe's checkpoint, convert it, load and compare what came out.
+def try_recipe(name: str, directory: Path, tokenizers: Path) -> Result:
+    """Make a recipe's checkpoint, and convert it as a user would; that compares the two.
 
     Args:
         name: a row of ``RECIPES``.
         directory: for its files, and the log of all steps.
         tokenizers: a directory with one of each kind.
-        build: llama.cpp.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    figures: dict[str, float] = {}
-    verdict = _try(name, directory, tokenizers, build, figures)
-    return Result(name, verdict, figures, time.monotonic() - started)
-
-
-def _try(
-    name: str, directory: Path, tokenizers: Path, build: NativeBuild, figures: dict[str, float]
-) -> Verdict:
-    from tests.architectures import comparing, making
-
-    checkpoint, gguf, log = directory / "checkpoint", directory / "f32.gguf", directory / "log"
+    directory.mkdir(parents=True, exist_ok=True)
+    checkpoint, models = directory / name, directory / "models"
     try:
-        isolated(lambda: making.make(name, checkpoint, tokenizers) and None, log)
+        isolated(lambda: make(name, checkpoint, tokenizers) and None, directory / "log")
     except Exception as error:
-        return Verdict(Kind.NOT_MADE, _one_line(error))
-    try:
-        isolated(lambda: _convert(build, checkpoint, gguf, name, log), log)
-    except (GgufkitError, EndedError) as error:
-        return Verdict(Kind.REFUSED, _one_line(error))
-    try:
-        isolated(lambda: comparing.load(gguf, build), log)
-    except (GgufkitError, EndedError) as error:
-        return Verdict(NOT_LOADED.kind, _one_line(error))
-    try:
-        figures |= isolated(lambda: comparing.compare(name, checkpoint, gguf, build), log)
-    except EndedError as error:
-        return Verdict(CRASHED.kind, _one_line(error))
-    return comparing.judge(figures)
+        result = Result(name, Verdict(Kind.NOT_MADE, _one_line(error)))
+    else:
+        result = _converted(name, checkpoint, models)
+    return replace(result, seconds=time.monotonic() - started)
 
 
-def _convert(build: NativeBuild, checkpoint: Path, gguf: Path, name: str, log: Path) -> None:
-    toolchain.convert_checkpoint(build, checkpoint, gguf, outtype="f32", name=name, log=log)
+def _converted(name: str, checkpoint: Path, models: Path) -> Result:
+    try:
+        (made,) = pipeline.convert(
+            str(checkpoint),
+            types=["f32"],
+            models_dir=models,
+            # What differs is wanted as a list, not as the first error.
+            verify=VerifyOptions(allowed=NAMES),
+            fetch=FetchOptions(trust_remote_code=any(checkpoint.glob("*.py"))),
+        )
+    except GgufkitError as error:
+        kind = Kind.UNUSABLE if isinstance(error, UnusableGGUFError) else Kind.REFUSED
+        left = [path.name for path in models.rglob("*.gguf")]
+        if left:
+            return Result(name, Verdict(Kind.FAULT, f"{left[0]} is there after: {error}"))
+        return Result(name, Verdict(kind, _one_line(error)))
+    except Exception as error:
+        traceback.print_exc()
+        return Result(name, Verdict(Kind.FAULT, f"{type(error).__name__}: {_one_line(error)}"))
+    manifest = manifest_of(made.path)
+    assert manifest is not None
+    return _judged(name, manifest.facts["verification"])
+
+
+def _judged(name: str, facts: Json) -> Result:
+    figures = facts["figures"]
+    errors = [f"{m['name']}: {m['message']}" for m in facts["mismatches"] if m["error"]]
+    warnings = tuple(m["name"] for m in facts["mismatches"] if not m["error"])
+    kl = figures.get("kl_mean", math.inf)
+    if errors:
+        verdict = Verdict(Kind.DIFFERS, "; ".join(errors))
+    elif facts["not_compared"] or math.isinf(kl):
+        verdict = Verdict(Kind.NEARLY, f"not compared: {facts['not_compared']}")
+    elif kl > _ROUNDING + figures["kl_rounding"]:
+        verdict = Verdict(Kind.NEARLY, f"mean KL divergence {kl:.1e} nats")
+    else:
+        verdict = OK
+    return Result(name, verdict, figures, warnings)
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def results(
-    names: Sequence[str], directory: Path, build: NativeBuild, *, jobs: int
-) -> Iterator[Result]:
+def results(names: Sequence[str], directory: Path, *, jobs: int) -> Iterator[Result]:
     """Try recipes, ``jobs`` at a time; results come in the order in which they are done."""
     directory.mkdir(parents=True, exist_ok=True)
     tokenizers = directory / "tokenizers"
     isolated(lambda: _write_tokenizers(tokenizers), directory / "log")
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
-        work = partial(_in_turn, directory=directory, tokenizers=tokenizers, build=build)
+        work = partial(_in_turn, directory=directory, tokenizers=tokenizers)
         yield from pool.imap_unordered(work, names)
 
 
 def _write_tokenizers(directory: Path) -> None:
-    for kind in ("spm", "bpe"):
+    for kind in vocabularies.KINDS:
         vocabularies.write(kind, directory / kind, VOCAB)
 
 
-def _in_turn(name: str, directory: Path, tokenizers: Path, build: NativeBuild) -> Result:
+def _in_turn(name: str, directory: Path, tokenizers: Path) -> Result:
     torch.set_num_threads(1)
-    own = directory / name
-    result = try_recipe(name, own, tokenizers, build)
-    for path in own.glob("*.gguf"):
-        path.unlink()
+    result = try_recipe(name, directory / name, tokenizers)
+    shutil.rmtree(directory / name / "models", ignore_errors=True)
     return result

@@ -20,6 +20,8 @@ FACTORY = {
     "gemma3": Row(factory="gemma3", config={"layers": 6}, **SPM),
     "smollm3": Row(factory="smollm3", config={"layers": 4}, **SPM),
     "cohere2": Row(factory="cohere2", config={"layers": 4}),
+    # transformers takes its own rule for it, whatever tokenizer.json says.
+    "qwen2": Row(factory="qwen2", tokenizer="qwen2"),
     # llama.cpp knows it by 26, 27 or 48 blocks.
     "deepseek_v2_lite": Row(factory="deepseek_v2_lite", config={"layers": 27}),
     "qwen2_moe_dense_layer": Row(

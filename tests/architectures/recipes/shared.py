@@ -157,3 +157,4 @@ UNKNOWN = refused("does not know the architecture")
 """The pinned converter does not know the class."""
 
 SPM: dict[str, Any] = {"tokenizer": "spm"}
+GEMMA_SPM: dict[str, Any] = {"tokenizer": "gemma"}
