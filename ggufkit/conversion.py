@@ -22,7 +22,7 @@ from ggufkit import settings
 from ggufkit.checkpoint.index import CheckpointIndex, open_checkpoint
 from ggufkit.checkpoint.tokenizer import check_tokenizer
 from ggufkit.errors import CheckpointError
-from ggufkit.evaluate import leaks, perplexity, texts
+from ggufkit.evaluate import leaks, perplexity
 from ggufkit.llamacpp.observing import check_opens
 from ggufkit.llamacpp.toolchain import NativeBuild
 from ggufkit.progress import Progress
@@ -31,6 +31,7 @@ from ggufkit.quantize.stages import PlannedTensor
 from ggufkit.quantize.types import is_float, space_forecast
 from ggufkit.scaling.families import Family, family_of
 from ggufkit.store import Store, canonical_json, require_space
+from ggufkit.texts import load as texts
 from ggufkit.values import (
     Artifact,
     AwqOptions,
@@ -169,7 +170,11 @@ class Conversion:
         load_torch()
         trust = self.fetch.trust_remote_code
         documents, kind = read_documents(
-            self.calibration_text.path, self.index, trust_remote_code=trust
+            self.calibration_text.path,
+            self.index,
+            name=Path(self.calibration_text.name).name,
+            trust_remote_code=trust,
+            progress=self.progress,
         )
         cut = cut_sequences(
             documents,

@@ -382,7 +382,7 @@ def _texts(
 ) -> tuple[Text, ...]:
     """The texts that somebody names, and those in a directory of domains; none twice."""
     from ggufkit.evaluate.domains import check_length, load_domains
-    from ggufkit.evaluate.texts import load_text
+    from ggufkit.texts.load import load_text
 
     cache = settings.cache_dir()
     found = [

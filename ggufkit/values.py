@@ -618,27 +618,6 @@ class VerifyOptions:
         return {"allow_difference": sorted(self.allowed)} if self.allowed else {}
 
 
-CHAT_KEYS = ("messages", "conversations")
-"""What a row of a file of chats has: OpenAI's and ShareGPT's word for its turns."""
-PAIR_KEYS = (
-    ("question", "answer"),
-    ("instruction", "output"),
-    ("prompt", "completion"),
-    ("prompt", "response"),
-)
-"""What a row of a file of questions and answers has."""
-
-
-def row_kind(row: Json) -> str:
-    """What a row of JSON lines is: one of ``chats``, ``pairs``, ``text``."""
-    if isinstance(row, dict):
-        if any(isinstance(row.get(key), list) for key in CHAT_KEYS):
-            return "chats"
-        if any(set(pair) <= row.keys() for pair in PAIR_KEYS):
-            return "pairs"
-    return "text"
-
-
 @dataclass(frozen=True)
 class Calibration:
     """What AWQ and the importance matrix look at.

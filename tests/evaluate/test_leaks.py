@@ -14,11 +14,11 @@ from ggufkit import pipeline
 from ggufkit.errors import GgufkitError
 from ggufkit.evaluate import leaks
 from ggufkit.evaluate.leaks import RUN_WORDS, THRESHOLD, Calibrated, overlap
-from ggufkit.evaluate.texts import load_text
 from ggufkit.library import manifest_of
 from ggufkit.llamacpp.toolchain import NativeBuild
 from ggufkit.progress import SILENT
 from ggufkit.store import Store
+from ggufkit.texts.load import load_text
 from ggufkit.values import AwqOptions, Calibration
 from tests.factory import make_checkpoint
 
