@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ggufkit.errors import UsageError
+from ggufkit.llamacpp.conversing import ChatTemplate
 from ggufkit.llamacpp.metadata import Metadata, split_count
-from ggufkit.llamacpp.template import Message, TemplateError, render
+from ggufkit.llamacpp.template import Message, TemplateError
 from ggufkit.progress import SILENT, Progress
 from ggufkit.values import GGUFFile, Json
 
@@ -496,8 +497,10 @@ def shape_of(
     """
     from jinja2 import Undefined
 
+    rendered = ChatTemplate(template, bos=bos, eos=eos)
+
     def jinja(*messages: Message) -> str:
-        text = render(template, messages, bos=bos, eos=eos, strftime_now=Undefined())
+        text = rendered.render(messages, strftime_now=Undefined())
         return text if keep_bos or not bos else text.removeprefix(bos)
 
     def marked(role: str, number: int) -> Message:

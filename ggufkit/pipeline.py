@@ -154,7 +154,7 @@ def convert(
     try:
         for type in wanted:
             made = job.make(type, scales.get(type))
-            notes = source.notes
+            notes = (*source.notes, *made.manifest.facts.get("mended", ()))
             if guard and not is_float(type):
                 made, told = job.guarded(type, made, scales.get(type))
                 notes = (*notes, told)
@@ -221,6 +221,8 @@ def awq(
     )
     scales = job.scales_for([wanted])[wanted]
     job.publish_folded(scales, out)
+    for note in job.prepared.notes:
+        progress.warn(note)
     facts = scales.manifest.facts
     return AwqResult(
         path=out,
@@ -395,7 +397,7 @@ def _texts(
 ) -> tuple[Text, ...]:
     """The texts that somebody names, and those in a directory of domains; none twice."""
     from ggufkit.evaluate.domains import check_length, load_domains
-    from ggufkit.evaluate.texts import load_text
+    from ggufkit.texts.load import load_text
 
     cache = settings.cache_dir()
     found = [

@@ -618,25 +618,26 @@ class VerifyOptions:
         return {"allow_difference": sorted(self.allowed)} if self.allowed else {}
 
 
-CHAT_KEYS = ("messages", "conversations")
-"""What a row of a file of chats has: OpenAI's and ShareGPT's word for its turns."""
-PAIR_KEYS = (
-    ("question", "answer"),
-    ("instruction", "output"),
-    ("prompt", "completion"),
-    ("prompt", "response"),
-)
-"""What a row of a file of questions and answers has."""
+def verification_in_words(facts: Mapping[str, Json]) -> str:
+    """What a manifest's facts say of the comparison with the checkpoint, in one line.
 
-
-def row_kind(row: Json) -> str:
-    """What a row of JSON lines is: one of ``chats``, ``pairs``, ``text``."""
-    if isinstance(row, dict):
-        if any(isinstance(row.get(key), list) for key in CHAT_KEYS):
-            return "chats"
-        if any(set(pair) <= row.keys() for pair in PAIR_KEYS):
-            return "pairs"
-    return "text"
+    Returns:
+        Empty where nothing is known, as for files of other origin.
+    """
+    found = facts.get("verification")
+    if not found:
+        return ""
+    if found == "skipped":
+        return "not compared with its checkpoint (--no-verify)"
+    figures, mismatches = found["figures"], found["mismatches"]
+    names = ", ".join(f"{m['name']} ({'allowed' if m['error'] else 'warning'})" for m in mismatches)
+    words = f"differs in {names}" if names else "same as the checkpoint"
+    if "kl_mean" in figures:
+        count = f"{figures['positions']:.0f} predictions"
+        words += f"; KL {figures['kl_mean']:.1e} on {count} of the float GGUF"
+    if found["not_compared"]:
+        words += f"; {len(found['not_compared'])} of 3 parts could not be compared"
+    return words
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,11 @@ from typing import IO, Any
 
 from ggufkit import settings
 from ggufkit.errors import GgufkitError, IntegrityError, SourceError, ToolError, ToolOutputError
-from ggufkit.llamacpp import host, leash, output, reasons
+from ggufkit.llamacpp import converter, host, leash, output, reasons
 from ggufkit.llamacpp.output import PerplexityOutput, QuantizeOutput
 from ggufkit.llamacpp.pin import read_pin, recipe_digest
 from ggufkit.progress import SILENT, Progress, Task
+from ggufkit.values import Json
 
 BUILD_FILE = "build.json"
 TOOLS = (
@@ -577,10 +578,15 @@ def convert_checkpoint(
     name: str,
     vocab_only: bool = False,
     mmproj: bool = False,
+    options: Mapping[str, Json] | None = None,
+    report: Path | None = None,
     log: Path,
     progress: Progress = SILENT,
 ) -> ToolRun:
     """Convert a checkpoint to a GGUF with llama.cpp's converter.
+
+    It runs inside :mod:`ggufkit.llamacpp.converter`, which lets it read
+    ``config.json`` as it is written.
 
     Args:
         build: whose converter to run.
@@ -591,6 +597,9 @@ def convert_checkpoint(
             would make one up from the directory's name.
         vocab_only: write metadata and vocabulary but no tensors.
         mmproj: write the part that sees images instead of the one that writes.
+        options: what else the converter has to know of the checkpoint, such as its
+            end tokens (``Prepared.converter_options``).
+        report: gets what was read of the config, as JSON; also of a failed run.
         log: gets what it prints.
         progress: told how much is written.
 
@@ -598,14 +607,20 @@ def convert_checkpoint(
         ToolError: if the converter fails, with its reason.
     """
     argv: list[str | Path] = [
-        *(sys.executable, build.scripts / "convert_hf_to_gguf.py", checkpoint.absolute()),
-        *("--outfile", out.absolute(), "--outtype", outtype, "--model-name", name),
+        *(checkpoint.absolute(), "--outfile", out.absolute()),
+        *("--outtype", outtype, "--model-name", name),
         *(["--vocab-only"] if vocab_only else []),
         *(["--mmproj"] if mmproj else []),
     ]
     title = f"reading the vocabulary of {name}" if vocab_only else f"converting {name}"
     title += " (projector)" if mmproj else ""
-    with progress.task(title, 100, "percent") as task:
+    with ExitStack() as stack:
+        job = Path(stack.enter_context(TemporaryDirectory(prefix="ggufkit-"))) / "task.json"
+        given = {"no_mtp": False, "end_tokens": [], "renamed": {}, "dropped": []}
+        given |= {"scripts": str(build.scripts), "report": str(report) if report else None}
+        job.write_text(json.dumps({**given, **(options or {})}), encoding="utf-8")
+        argv = [sys.executable, converter.__file__, job, *argv]
+        task = stack.enter_context(progress.task(title, 100, "percent"))
         watch = output.Percentages(lambda percent: task.update(percent))
         try:
             ran = run(argv, env=_CONVERTER_ENV, on_text=watch.feed, log=log)

@@ -279,8 +279,11 @@ def _keeping(model: Any, positions: list[int]) -> dict[str, Any]:
 
     import torch
 
-    known = inspect.signature(model.forward).parameters
-    return {"logits_to_keep": torch.tensor(positions)} if "logits_to_keep" in known else {}
+    known = inspect.signature(model.forward).parameters.get("logits_to_keep")
+    # Code that comes with a checkpoint may take nothing but a number of last positions.
+    if known is None or known.annotation in (int, "int"):
+        return {}
+    return {"logits_to_keep": torch.tensor(positions)}
 
 
 @contextmanager
