@@ -9,7 +9,7 @@ disk when they are many.
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -328,6 +328,10 @@ class StreamedModel:
                     continue
                 if name in self._index.tensors:
                     value = load_finite(self._reader, name)
+                    # The rows of an embedding may be padded.
+                    self._require_shape(name, value.shape[1:], parameter.shape[1:])
+                    if value.ndim == 1:
+                        self._require_shape(name, value.shape, parameter.shape)
                 elif owner is self._model.get_output_embeddings():
                     value = self._model.get_input_embeddings().weight
                 else:
@@ -353,8 +357,19 @@ class StreamedModel:
                 f"{self._index.path.name} has no tensors for {prefix}{missing[0]}",
                 "AWQ knows its experts as transformers 5 and later keep them",
             )
+        for name, parameter in module.named_parameters():
+            self._require_shape(prefix + name, loaded[name].shape, parameter.shape)
         module.load_state_dict(loaded, assign=True, strict=False)
         return weights
+
+    def _require_shape(self, name: str, shape: Sequence[int], wanted: Sequence[int]) -> None:
+        if tuple(shape) != tuple(wanted):
+            found, expected = (" x ".join(map(str, s)) or "nothing" for s in (shape, wanted))
+            raise CheckpointError(
+                f"tensor {name} of {self._index.path.name} is {found}, and its config makes it "
+                f"{expected}",
+                "Config and weights are of two models, or damaged: fetch both again",
+            )
 
     def _load_experts(
         self, number: int, experts: int, weights: "dict[str, torch.Tensor]"
