@@ -32,6 +32,11 @@ _FLOATS = {"F32", "F16", "BF16", "F64"}
 _UNKNOWN_MEMORY = 8 << 30
 
 
+def warm_up() -> None:
+    """Start the process that asks transformers, whose import takes seconds."""
+    worker(_REFERENCE).warm_up()
+
+
 class Verifier:
     """Compares GGUFs with one checkpoint. A context manager; leaving it ends what it started.
 
