@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ggufkit.checkpoint.config import required_size
 from ggufkit.checkpoint.index import CheckpointIndex
-from ggufkit.checkpoint.numbers import whole_number
 from ggufkit.llamacpp.ggml import Ggml
 from ggufkit.llamacpp.packing import format_of
 from ggufkit.progress import Progress, Task
@@ -89,7 +89,7 @@ def forecast(
         * (format_of(type).block_nbytes + 16)
         for name, type in maps.items()
     )
-    width = whole_number(index, "hidden_size", "n_embd")
+    width = required_size(index.config, "hidden_size", "n_embd")
     states = 4 * BATCH * length * width * block_count(index)
     vocabulary = max(t.shape[0] for t in index.tensors.values())
     # Logits of one sequence by both models, their logarithms, products and gradients.
