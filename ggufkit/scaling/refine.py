@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 
 from ggufkit.checkpoint.config import required_size
 from ggufkit.checkpoint.index import CheckpointIndex
+from ggufkit.errors import IntegrityError
+from ggufkit.foreign import foreign, writing
 from ggufkit.llamacpp.ggml import Ggml
 from ggufkit.llamacpp.packing import format_of
 from ggufkit.progress import Progress, Task
@@ -411,7 +413,8 @@ class _Learner:
             for part, tensor in factors.parts().items()
         }
         scratch = path.with_name(f"{path.name}.tmp")
-        save_file(tensors, scratch, metadata={"met": json.dumps(met)})
+        with writing(path):
+            save_file(tensors, scratch, metadata={"met": json.dumps(met)})
         scratch.replace(path)
 
     def _restore(self, path: Path) -> tuple[int, list[float]]:
@@ -420,7 +423,8 @@ class _Learner:
 
         if not path.exists():
             return 0, []
-        with safe_open(path, framework="pt") as file:
+        damaged = foreign(f"{path} is damaged", f"Remove {path}", error=IntegrityError)
+        with damaged, safe_open(path, framework="pt") as file:
             for name, factors in self._factors.items():
                 for part, tensor in factors.parts().items():
                     tensor.copy_(file.get_tensor(f"{name}:{part}"))

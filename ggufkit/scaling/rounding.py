@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from ggufkit.checkpoint.config import required_size
 from ggufkit.checkpoint.index import CheckpointIndex
 from ggufkit.errors import IntegrityError
+from ggufkit.foreign import writing
 from ggufkit.llamacpp.ggml import Ggml
 from ggufkit.llamacpp.packing import format_of
 from ggufkit.progress import Progress
@@ -236,7 +237,8 @@ def write_block(path: Path, packed: "Mapping[str, Bytes]") -> None:
 
     scratch = path.with_name(f".{path.name}.tmp")
     ordered = {name: packed[name] for name in sorted(packed)}
-    save_file(ordered, scratch, metadata={"format": _FORMAT})
+    with writing(path):
+        save_file(ordered, scratch, metadata={"format": _FORMAT})
     scratch.replace(path)
 
 
