@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,15 +18,17 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Literal
 
 from ggufkit import settings
+from ggufkit.checkpoint.config import suspicious_keys
 from ggufkit.checkpoint.index import CheckpointIndex, open_checkpoint
-from ggufkit.checkpoint.tokenizer import check_tokenizer
+from ggufkit.checkpoint.prepare import Prepared, prepare_checkpoint
 from ggufkit.errors import CheckpointError
 from ggufkit.evaluate import leaks, perplexity
 from ggufkit.llamacpp.observing import check_opens
-from ggufkit.llamacpp.toolchain import NativeBuild
+from ggufkit.llamacpp.toolchain import Converter, NativeBuild
 from ggufkit.progress import Progress
 from ggufkit.quantize import stages
 from ggufkit.quantize.coverage import check_against_checkpoint
@@ -61,11 +64,11 @@ IMPORTANCE = "importance.safetensors"
 _IN_BLOCK = re.compile(r"\.\d+\.")
 _FOLDED = "awq"
 """Directory of a folded checkpoint that holds its scales and how they were found."""
-_AWQ_VERSION = 4
-_IMATRIX_VERSION = 1
-_ROUND_VERSION = 2
-_REPLACE_VERSION = 2
-_REFINE_VERSION = 1
+_AWQ_VERSION = 5
+_IMATRIX_VERSION = 2
+_ROUND_VERSION = 3
+_REPLACE_VERSION = 3
+_REFINE_VERSION = 2
 _MORE_TO_REFINE = 4
 """How many times the text that rounding sees is learned from afterwards."""
 ROUNDING_KEY = "ggufkit.rounding"
@@ -90,6 +93,7 @@ class Conversion:
         rounding: how weights are rounded onto the grid of their type.
         guard: whether files made in a simpler way will be looked at too.
         verify: how float GGUFs are compared with the checkpoint.
+        converter: llama.cpp's converter, if it was started already.
     """
 
     store: Store
@@ -104,16 +108,29 @@ class Conversion:
     rounding: RoundingOptions = field(default_factory=RoundingOptions)
     guard: bool = False
     verify: VerifyOptions = field(default_factory=VerifyOptions)
+    converter: Converter | None = None
     _intermediates: list[Artifact] = field(default_factory=list)
 
     @cached_property
-    def index(self) -> CheckpointIndex:
-        """The checkpoint's index."""
-        return open_checkpoint(
+    def prepared(self) -> Prepared:
+        """The checkpoint with what could be mended, in a directory of links.
+
+        Raises:
+            CheckpointError: its files contradict each other.
+        """
+        opened = open_checkpoint(
             self.checkpoint.path,
             trust_remote_code=self.fetch.trust_remote_code,
             allow_pickle=self.fetch.allow_pickle,
         )
+        scratch = Path(mkdtemp(prefix="ggufkit-"))
+        weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
+        return prepare_checkpoint(opened, scratch / self.checkpoint.name)
+
+    @property
+    def index(self) -> CheckpointIndex:
+        """The index of the prepared checkpoint, which all stages read."""
+        return self.prepared.index
 
     @cached_property
     def family(self) -> Family:
@@ -145,11 +162,10 @@ class Conversion:
         )
 
     def check_before_work(self, *, folded: bool) -> None:
-        """Refuse what would fail late: a wrong tokenizer, a disk that is too small.
+        """Refuse what would fail late: a disk that is too small.
 
         Called by work that is about to start, not for results that are there.
         """
-        check_tokenizer(self.index)
         copies = (1 if self.types else 0) + (1 if folded else 0)
         wider = self.index.parameters * {"F16": 2, "F32": 4}.get(self.stored_dtype or "", 0)
         needed = copies * max(self.index.nbytes, wider)
@@ -234,11 +250,12 @@ class Conversion:
                 self.store,
                 self.build,
                 self.checkpoint,
-                self.index,
+                self.prepared,
                 type,
                 self.progress,
                 imatrix=self.imatrix is not None,
                 meanwhile=meanwhile,
+                converter=self._started_converter,
             )
             for type in types
         }
@@ -592,8 +609,16 @@ class Conversion:
             verify=self.verify,
             verification=lambda: self._intermediates[-1].manifest.facts["verification"],
             own_imatrix=self.imatrix == "auto",
+            mended=self._mended,
             progress=self.progress,
         )
+
+    def _mended(self) -> tuple[str, ...]:
+        """What was mended, by those who prepared and converted the checkpoint."""
+        told = [
+            note for made in self._intermediates for note in made.manifest.facts.get("mended", ())
+        ]
+        return tuple(dict.fromkeys((*self.prepared.notes, *told)))
 
     def _imatrix_file(self, scales: Artifact | None) -> Path | None:
         return self.imatrix_for(scales).file(".gguf") if self.imatrix == "auto" else self.imatrix
@@ -621,16 +646,27 @@ class Conversion:
             self.store,
             self.build,
             self.checkpoint,
-            self.index,
+            self.prepared,
             scales,
             fold if scales else None,
             self.progress,
             outtype=outtype,
             verifying=(lambda: self._verifying(outtype)) if self.verify.enabled else None,
             verify=self.verify,
+            converter=self._started_converter,
         )
         self._intermediates.append(made)
         return made.file(".gguf")
+
+    def close(self) -> None:
+        """End a converter that got no task."""
+        if started := self._started_converter():
+            started.close()
+
+    def _started_converter(self) -> Converter | None:
+        """The converter that waits for a task; it takes one alone."""
+        started, self.converter = self.converter, None
+        return started
 
     @contextmanager
     def _verifying(self, outtype: str) -> Iterator[stages.Compare]:
@@ -645,9 +681,10 @@ class Conversion:
         ) as verifier:
             verifier.start()
 
-            def compare(gguf: Path) -> Json:
+            def compare(gguf: Path, read: Json) -> Json:
+                suspects = suspicious_keys(read, self.index.config)
                 with self.progress.task("comparing with the checkpoint"):
-                    verification = verifier.check(gguf)
+                    verification = verifier.check(gguf, suspects)
                 verification.require_same()
                 return verification.facts
 

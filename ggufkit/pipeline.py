@@ -6,11 +6,12 @@ so that importing this module costs nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ggufkit import settings
-from ggufkit.errors import IntegrityError, UsageError
+from ggufkit.errors import GgufkitError, IntegrityError, UsageError
 from ggufkit.progress import SILENT, Progress
 from ggufkit.values import (
     Artifact,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from ggufkit.llamacpp.batching import ContextOptions, ModelOptions
     from ggufkit.llamacpp.building import BuildReport
     from ggufkit.llamacpp.rpc import Offer
+    from ggufkit.llamacpp.toolchain import Converter, NativeBuild
     from ggufkit.ollama import Modelfile
     from ggufkit.quantize.inspect import Inspection
     from ggufkit.serve.api.options import ServeOptions
@@ -113,11 +115,18 @@ def convert(
     build = toolchain.find_build()
     store = Store(models_dir or settings.models_dir())
     fetch = fetch or FetchOptions()
-    source = _resolve(model, store, fetch, progress)
+    verify = _checked(verify)
     if not awq and (awq_options or AwqOptions()) != AwqOptions():
         raise UsageError("the options of AWQ's search need AWQ", "Add --awq")
     if guard and not (awq or gptq):
         raise UsageError("--guard needs AWQ or GPTQ", "Add --awq or --rounding gptq")
+    started = _early_start(model, store, build, verify)
+    try:
+        source = _resolve(model, store, fetch, progress)
+    except BaseException:
+        if started:
+            started.close()
+        raise
     if isinstance(source, Path):
         if awq or gptq or imatrix == "auto":
             raise UsageError(
@@ -139,31 +148,58 @@ def convert(
         imatrix=imatrix,
         rounding=rounding,
         guard=guard,
-        verify=_checked(verify),
+        verify=verify,
+        converter=started,
     )
-    job.check_importance()
     scales: dict[str, Artifact] = {}
-    for type in filter(is_float, wanted if awq or gptq else ()):
-        name = "AWQ" if awq else "GPTQ"
-        progress.say(f"{type} rounds to floats: {name} has nothing to win, converted plainly")
-    if gptq:
-        job.require_known_blocks()
-    if awq:
-        scales = job.scales_for([t for t in wanted if not is_float(t)])
     results = []
     try:
+        job.check_importance()
+        for type in filter(is_float, wanted if awq or gptq else ()):
+            name = "AWQ" if awq else "GPTQ"
+            progress.say(f"{type} rounds to floats: {name} has nothing to win, converted plainly")
+        if gptq:
+            job.require_known_blocks()
+        if awq:
+            scales = job.scales_for([t for t in wanted if not is_float(t)])
         for type in wanted:
             made = job.make(type, scales.get(type))
-            notes = source.notes
+            notes = (*source.notes, *made.manifest.facts.get("mended", ()))
             if guard and not is_float(type):
                 made, told = job.guarded(type, made, scales.get(type))
                 notes = (*notes, told)
             notes += rounding_notes(made)
             results.append(_result_of(made, _place(store, made, out), notes))
     finally:
+        job.close()
         if not keep_intermediate:
             job.remove_intermediates()
     return results
+
+
+def _early_start(
+    model: str, store: "Store", build: "NativeBuild", verify: VerifyOptions
+) -> "Converter | None":
+    """Start what imports for seconds while the checkpoint is hashed, if it has to be.
+
+    A checkpoint whose digest is known was most likely converted before.
+    """
+    from ggufkit.checkpoint.index import checkpoint_files
+    from ggufkit.llamacpp import observing
+    from ggufkit.llamacpp.toolchain import Converter
+
+    path = Path(model).expanduser()
+    if not (path / "config.json").is_file():
+        return None
+    with suppress(GgufkitError, OSError):
+        if not store.knows(checkpoint_files(path)):
+            observing.warm_up()
+            if verify.enabled:
+                from ggufkit.verify import check
+
+                check.warm_up()
+            return Converter(build, store.log("convert"))
+    return None
 
 
 def awq(
@@ -221,6 +257,8 @@ def awq(
     )
     scales = job.scales_for([wanted])[wanted]
     job.publish_folded(scales, out)
+    for note in job.prepared.notes:
+        progress.warn(note)
     facts = scales.manifest.facts
     return AwqResult(
         path=out,
@@ -653,8 +691,6 @@ def _model_files(
     store: "Store", models: Sequence[Path], results: "Results", progress: Progress
 ) -> list["ModelFile"]:
     """The files that results may belong to: those named, those kept here, those measured."""
-    from contextlib import suppress
-
     from ggufkit import library
     from ggufkit.errors import SourceError
     from ggufkit.evaluate import leaks

@@ -195,7 +195,7 @@ class Model:
         _connected.update(self._servers)
         try:
             self._load(options)
-            self.vocabulary = Vocabulary(self.library, self.pointer)
+            self.vocabulary = Vocabulary(self.library, self.pointer, self.metadata.stop_token_ids)
             for name, file in options.adapters.items():
                 self._load_adapter(name, file)
         except BaseException:

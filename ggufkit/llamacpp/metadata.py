@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from ggufkit.llamacpp.converter import STOP_TOKENS
 from ggufkit.progress import Progress
 from ggufkit.values import GGUFFile, Json
 
@@ -96,6 +97,13 @@ class Metadata:
         return self.special_tokens.get(name, (0, ""))[1]
 
     @property
+    def stop_token_ids(self) -> frozenset[int]:
+        """End tokens that llama.cpp has no key for; ggufkit keeps them in one of its own."""
+        value = self.get(STOP_TOKENS)
+        numbers = value if isinstance(value, list) else []
+        return frozenset(n for n in numbers if isinstance(n, int) and n >= 0)
+
+    @property
     def end_tokens(self) -> tuple[str, ...]:
         """Tokens that end an answer: those set as such, and well-known control tokens.
 
@@ -105,6 +113,7 @@ class Metadata:
         that end an infill alone, such as ``<|file_sep|>``, are left out.
         """
         own = [self.special(name) for name in ("eos", "eot", "eom")]
+        own += [self.tokens[n] for n in sorted(self.stop_token_ids) if n < len(self.tokens)]
         kinds = self.get("tokenizer.ggml.token_type") or []
         control = {t for t, kind in zip(self.tokens, kinds, strict=False) if kind == _CONTROL}
         known = [t for t in (*END_NAMES, *_FURTHER_END_NAMES) if t in control]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from ggufkit import settings
 from ggufkit.checkpoint.index import CheckpointIndex
+from ggufkit.checkpoint.prepare import Prepared
 from ggufkit.errors import CheckpointError, ToolOutputError
 from ggufkit.llamacpp import toolchain
 from ggufkit.llamacpp.gguf import read_gguf, write_skeleton
@@ -45,9 +46,9 @@ from ggufkit.values import (
 if TYPE_CHECKING:
     from ggufkit.quantize.imatrix import Floats
 
-_CONVERT_VERSION = 2
-_PLAN_VERSION = 2
-_QUANTIZE_VERSION = 2
+_CONVERT_VERSION = 3
+_PLAN_VERSION = 3
+_QUANTIZE_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,14 @@ class PlannedTensor:
     type: str
 
 
-Compare = Callable[[Path], Json]
-"""Compares a float GGUF with its checkpoint; facts for the manifest."""
+Compare = Callable[[Path, Json], Json]
+"""Compares a float GGUF with its checkpoint, given what the converter read of the config;
+facts for the manifest."""
+StartedConverter = Callable[[], toolchain.Converter | None]
 Verifying = Callable[[], AbstractContextManager[Compare]]
 
 
-def _opens(gguf: Path) -> Json:
+def _opens(gguf: Path, _: Json) -> Json:
     check_opens(gguf)
     return "skipped"
 
@@ -88,7 +91,7 @@ def convert(
     store: Store,
     build: NativeBuild,
     checkpoint: Checkpoint,
-    index: CheckpointIndex,
+    prepared: Prepared,
     scales: Artifact | None,
     fold: Callable[[Path], None] | None,
     progress: Progress,
@@ -96,6 +99,7 @@ def convert(
     outtype: str | None = None,
     verifying: Verifying | None = None,
     verify: VerifyOptions | None = None,
+    converter: StartedConverter = lambda: None,
 ) -> Artifact:
     """Convert a checkpoint, as it is or with scales folded in, to a float GGUF.
 
@@ -103,7 +107,7 @@ def convert(
         store: the models directory.
         build: whose converter to run.
         checkpoint: what to convert.
-        index: its index.
+        prepared: the same with what could be mended.
         scales: the scales folded in, or None.
         fold: writes the folded checkpoint into a directory; None without scales.
         progress: told how far it is.
@@ -113,14 +117,15 @@ def convert(
             with the checkpoint and returns facts for the manifest, or raises. None to
             see only that llama.cpp opens it.
         verify: what ``verifying`` was made with.
+        converter: gives one that waits for its task, if there is one.
     """
     suffix = "-awq" if scales else ""
-    outtype = outtype or outtype_of(index)
+    outtype = outtype or outtype_of(prepared.index)
 
     def work(directory: Path) -> dict[str, Json]:
-        source = _named(directory, checkpoint)
+        source, report = prepared.path, directory / ".config.json"
         if fold:
-            source.unlink()
+            source = directory / ".source" / checkpoint.name
             fold(source)
         out = directory / f"{checkpoint.name}{suffix}-{outtype.upper()}.gguf"
         with verifying() if verifying else nullcontext(_opens) as compare:
@@ -130,13 +135,24 @@ def convert(
                 out,
                 outtype=outtype,
                 name=checkpoint.name,
+                options=prepared.converter_options,
+                report=report,
+                started=converter(),
                 log=store.log("convert"),
                 progress=progress,
             )
-            # Not kept until publishing: disk is what a 7B model is short of.
-            shutil.rmtree(source.parent)
-            facts = compare(out)
-        return {"peak_rss_nbytes": ran.peak_rss_nbytes, "verification": facts}
+            if fold:
+                # Not kept until publishing: disk is what a 7B model is short of.
+                shutil.rmtree(source.parent)
+            read = json.loads(report.read_bytes())
+            with store.hashing(out):
+                verification = compare(out, read)
+        return {
+            "peak_rss_nbytes": ran.peak_rss_nbytes,
+            "mended": [*prepared.notes, *_filled_notes(read)],
+            "config": read,
+            "verification": verification,
+        }
 
     return store.run(
         "convert",
@@ -153,16 +169,13 @@ def convert(
     )
 
 
-def _named(directory: Path, checkpoint: Checkpoint) -> Path:
-    """A link to the checkpoint by the model's name, in scratch.
-
-    The converter makes metadata (``general.basename``, ``general.finetune``) out
-    of the directory's name, which may be anything; so it is given this one.
-    """
-    link = directory / ".source" / checkpoint.name
-    link.parent.mkdir()
-    link.symlink_to(checkpoint.path.absolute(), target_is_directory=True)
-    return link
+def _filled_notes(report: Mapping[str, Json]) -> list[str]:
+    """What the config lacked and llama.cpp needs, in words."""
+    return [
+        f"config.json lacks {key}; {json.dumps(value)} was taken from {source}"
+        for key, (value, source) in report["filled"].items()
+        if source.startswith("transformers")
+    ]
 
 
 SCALES_FILE = "scales.safetensors"
@@ -182,12 +195,13 @@ def plan(
     store: Store,
     build: NativeBuild,
     checkpoint: Checkpoint,
-    index: CheckpointIndex,
+    prepared: Prepared,
     type: str,
     progress: Progress,
     *,
     imatrix: bool = False,
     meanwhile: Callable[[], object] | None = None,
+    converter: StartedConverter = lambda: None,
 ) -> dict[str, PlannedTensor]:
     """Ask llama-quantize which ggml type each tensor of a checkpoint will get.
 
@@ -195,6 +209,7 @@ def plan(
     and metadata but no data, so it costs no conversion. With an importance
     matrix llama-quantize mixes otherwise, whatever the matrix says.
 
+    ``converter`` gives one that waits for its task, if there is one.
     ``meanwhile`` is called beside the converter, a process of seconds, if that
     has to run; it is for what the caller will need anyway.
 
@@ -206,18 +221,20 @@ def plan(
 
     def write_vocab(directory: Path) -> dict[str, Json]:
         with ThreadPoolExecutor(1) as pool:
-            prepared = pool.submit(meanwhile or (lambda: None))
+            beside = pool.submit(meanwhile or (lambda: None))
             toolchain.convert_checkpoint(
                 build,
-                _named(directory, checkpoint),
+                prepared.path,
                 directory / "vocab.gguf",
                 outtype="f16",
                 name=checkpoint.name,
                 vocab_only=True,
+                options=prepared.converter_options,
+                started=converter(),
                 log=store.log("convert"),
                 progress=progress,
             )
-            prepared.result()
+            beside.result()
         return {}
 
     def write_plan(directory: Path) -> dict[str, Json]:
@@ -231,9 +248,9 @@ def plan(
             work=write_vocab,
             progress=progress,
         )
-        names = _gguf_names(vocab.file(".gguf"), index)
+        names = _gguf_names(vocab.file(".gguf"), prepared.index)
         skeleton = directory / ".skeleton.gguf"
-        tensors = _skeleton_tensors(index, names)
+        tensors = _skeleton_tensors(prepared.index, names)
         write_skeleton(vocab.file(".gguf"), skeleton, tensors)
         level = directory / ".level-imatrix.gguf"
         if imatrix:
@@ -368,6 +385,7 @@ def quantize(
     verify: VerifyOptions | None = None,
     verification: Callable[[], Json] | None = None,
     own_imatrix: bool = False,
+    mended: Callable[[], Sequence[str]] = tuple,
     progress: Progress,
 ) -> Artifact:
     """Quantize a GGUF to one type with llama-quantize.
@@ -388,6 +406,7 @@ def quantize(
         verify: how the source is compared with its checkpoint.
         verification: what came of it; called after ``source``.
         own_imatrix: whether the matrix was made here, of this very model.
+        mended: what was mended in the source's checkpoint; called after ``source``.
         progress: told how far it is, and warned of what the matrix does not cover.
 
     Raises:
@@ -415,7 +434,8 @@ def quantize(
         gguf = source().absolute()
         covered = _covered(imatrix, run(dry_run=True), own=own_imatrix) if imatrix else None
         told = run()
-        check_opens(out)
+        with store.hashing(out):
+            check_opens(out)
         written = read_gguf(out, arrays=False)
         facts: dict[str, Json] = {
             **({} if verification is None else {"verification": verification()}),
@@ -426,6 +446,7 @@ def quantize(
             "nbytes": written.nbytes,
             "peak_rss_nbytes": told.peak_rss_nbytes,
             "origin": origin,
+            "mended": list(mended()),
             **({} if calibrated is None else {"calibrated": list(calibrated)}),
             **_imatrix_facts(covered, told),
             **_experts_facts(recipe.type, written),

@@ -4,6 +4,7 @@ Run as a module it answers one line of JSON for each that it reads, so that its
 imports and its memory are paid by a process of its own, beside the converter.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -279,8 +280,11 @@ def _keeping(model: Any, positions: list[int]) -> dict[str, Any]:
 
     import torch
 
-    known = inspect.signature(model.forward).parameters
-    return {"logits_to_keep": torch.tensor(positions)} if "logits_to_keep" in known else {}
+    known = inspect.signature(model.forward).parameters.get("logits_to_keep")
+    # Code that comes with a checkpoint may take nothing but a number of last positions.
+    if known is None or known.annotation in (int, "int"):
+        return {}
+    return {"logits_to_keep": torch.tensor(positions)}
 
 
 @contextmanager
@@ -337,6 +341,10 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what others print must not be taken for an answer
+    # Threads that wait by spinning would take the cores of the converter.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    for module in ("modeling_utils", "models.auto.modeling_auto", "models.auto.tokenization_auto"):
+        importlib.import_module(f"transformers.{module}")  # while whoever asks is still busy
     for line in sys.stdin.buffer:
         request = json.loads(line)
         answer = collect(request, Path(request["out"]))
