@@ -7,28 +7,37 @@ uses this.
 import dataclasses
 import hashlib
 import os
+import re
 import shutil
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Literal
 
 from ggufkit import settings
+from ggufkit.checkpoint.config import suspicious_keys
 from ggufkit.checkpoint.index import CheckpointIndex, open_checkpoint
-from ggufkit.checkpoint.tokenizer import check_tokenizer
+from ggufkit.checkpoint.prepare import Prepared, prepare_checkpoint
 from ggufkit.errors import CheckpointError
-from ggufkit.evaluate import leaks, perplexity, texts
+from ggufkit.evaluate import leaks, perplexity
+from ggufkit.llamacpp.observing import check_opens
 from ggufkit.llamacpp.toolchain import NativeBuild
 from ggufkit.progress import Progress
 from ggufkit.quantize import stages
+from ggufkit.quantize.coverage import check_against_checkpoint
+from ggufkit.quantize.imatrix import read_imatrix
 from ggufkit.quantize.stages import PlannedTensor
-from ggufkit.quantize.types import is_float, space_forecast
+from ggufkit.quantize.types import is_float, require_importance, space_forecast
 from ggufkit.scaling.families import Family, family_of
 from ggufkit.store import Store, canonical_json, require_space
+from ggufkit.texts import load as texts
 from ggufkit.values import (
     Artifact,
     AwqOptions,
@@ -40,6 +49,7 @@ from ggufkit.values import (
     QuantRecipe,
     RoundingOptions,
     Text,
+    VerifyOptions,
     to_json,
 )
 
@@ -51,13 +61,14 @@ if TYPE_CHECKING:
     from ggufkit.scaling.fold import Change
 
 IMPORTANCE = "importance.safetensors"
+_IN_BLOCK = re.compile(r"\.\d+\.")
 _FOLDED = "awq"
 """Directory of a folded checkpoint that holds its scales and how they were found."""
-_AWQ_VERSION = 4
-_IMATRIX_VERSION = 1
-_ROUND_VERSION = 2
-_REPLACE_VERSION = 1
-_REFINE_VERSION = 1
+_AWQ_VERSION = 5
+_IMATRIX_VERSION = 2
+_ROUND_VERSION = 3
+_REPLACE_VERSION = 3
+_REFINE_VERSION = 2
 _MORE_TO_REFINE = 4
 """How many times the text that rounding sees is learned from afterwards."""
 ROUNDING_KEY = "ggufkit.rounding"
@@ -81,6 +92,7 @@ class Conversion:
             one of the calibration text.
         rounding: how weights are rounded onto the grid of their type.
         guard: whether files made in a simpler way will be looked at too.
+        verify: how float GGUFs are compared with the checkpoint.
     """
 
     store: Store
@@ -94,16 +106,29 @@ class Conversion:
     imatrix: Path | Literal["auto"] | None = None
     rounding: RoundingOptions = field(default_factory=RoundingOptions)
     guard: bool = False
+    verify: VerifyOptions = field(default_factory=VerifyOptions)
     _intermediates: list[Artifact] = field(default_factory=list)
 
     @cached_property
-    def index(self) -> CheckpointIndex:
-        """The checkpoint's index."""
-        return open_checkpoint(
+    def prepared(self) -> Prepared:
+        """The checkpoint with what could be mended, in a directory of links.
+
+        Raises:
+            CheckpointError: its files contradict each other.
+        """
+        opened = open_checkpoint(
             self.checkpoint.path,
             trust_remote_code=self.fetch.trust_remote_code,
             allow_pickle=self.fetch.allow_pickle,
         )
+        scratch = Path(mkdtemp(prefix="ggufkit-"))
+        weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
+        return prepare_checkpoint(opened, scratch / self.checkpoint.name)
+
+    @property
+    def index(self) -> CheckpointIndex:
+        """The index of the prepared checkpoint, which all stages read."""
+        return self.prepared.index
 
     @cached_property
     def family(self) -> Family:
@@ -135,16 +160,33 @@ class Conversion:
         )
 
     def check_before_work(self, *, folded: bool) -> None:
-        """Refuse what would fail late: a wrong tokenizer, a disk that is too small.
+        """Refuse what would fail late: a disk that is too small.
 
         Called by work that is about to start, not for results that are there.
         """
-        check_tokenizer(self.index)
         copies = (1 if self.types else 0) + (1 if folded else 0)
         wider = self.index.parameters * {"F16": 2, "F32": 4}.get(self.stored_dtype or "", 0)
         needed = copies * max(self.index.nbytes, wider)
         needed += space_forecast(self.index.parameters, self.types)
         require_space(self.store.root, needed, f"converting {self.checkpoint.name}")
+
+    def check_importance(self) -> None:
+        """Refuse a type that needs an importance matrix, and a matrix of another model.
+
+        Raises:
+            GgufkitError: before any work; what needs a GGUF to see is checked later.
+        """
+        if isinstance(self.imatrix, Path):
+            check_against_checkpoint(self.imatrix, read_imatrix(self.imatrix), self.index)
+        elif self.imatrix is None:
+            side = 0 if "GPT2LMHeadModel" in self.index.architectures else -1
+            columns = {
+                tensor.shape[side]
+                for name, tensor in self.index.tensors.items()
+                if len(tensor.shape) > 1 and _IN_BLOCK.search(name)
+            }
+            for type in self.types:
+                require_importance(type, columns)
 
     @cached_property
     def sequences(self) -> "Sequences":
@@ -164,7 +206,11 @@ class Conversion:
         load_torch()
         trust = self.fetch.trust_remote_code
         documents, kind = read_documents(
-            self.calibration_text.path, self.index, trust_remote_code=trust
+            self.calibration_text.path,
+            self.index,
+            name=Path(self.calibration_text.name).name,
+            trust_remote_code=trust,
+            progress=self.progress,
         )
         cut = cut_sequences(
             documents,
@@ -202,7 +248,7 @@ class Conversion:
                 self.store,
                 self.build,
                 self.checkpoint,
-                self.index,
+                self.prepared,
                 type,
                 self.progress,
                 imatrix=self.imatrix is not None,
@@ -557,8 +603,19 @@ class Conversion:
             source=lambda: self._intermediate(scales),
             imatrix=imatrix,
             calibrated=to_json(self._calibrated(scales, imatrix)),
+            verify=self.verify,
+            verification=lambda: self._intermediates[-1].manifest.facts["verification"],
+            own_imatrix=self.imatrix == "auto",
+            mended=self._mended,
             progress=self.progress,
         )
+
+    def _mended(self) -> tuple[str, ...]:
+        """What was mended, by those who prepared and converted the checkpoint."""
+        told = [
+            note for made in self._intermediates for note in made.manifest.facts.get("mended", ())
+        ]
+        return tuple(dict.fromkeys((*self.prepared.notes, *told)))
 
     def _imatrix_file(self, scales: Artifact | None) -> Path | None:
         return self.imatrix_for(scales).file(".gguf") if self.imatrix == "auto" else self.imatrix
@@ -581,18 +638,43 @@ class Conversion:
             assert scales is not None
             self.fold_into(stages.scales_file(scales), directory)
 
+        outtype = (scales and (self.stored_dtype or "").lower()) or stages.outtype_of(self.index)
         made = stages.convert(
             self.store,
             self.build,
             self.checkpoint,
-            self.index,
+            self.prepared,
             scales,
             fold if scales else None,
             self.progress,
-            outtype=(self.stored_dtype or "").lower() if scales else None,
+            outtype=outtype,
+            verifying=(lambda: self._verifying(outtype)) if self.verify.enabled else None,
+            verify=self.verify,
         )
         self._intermediates.append(made)
         return made.file(".gguf")
+
+    @contextmanager
+    def _verifying(self, outtype: str) -> Iterator[stages.Compare]:
+        """Ask transformers while the converter writes, then compare what it wrote."""
+        from ggufkit.verify.check import Verifier
+
+        with Verifier(
+            self.index,
+            trust_remote_code=self.fetch.trust_remote_code,
+            stored=outtype.upper(),
+            allowed=self.verify.allowed,
+        ) as verifier:
+            verifier.start()
+
+            def compare(gguf: Path, read: Json) -> Json:
+                suspects = suspicious_keys(read, self.index.config)
+                with self.progress.task("comparing with the checkpoint"):
+                    verification = verifier.check(gguf, suspects)
+                verification.require_same()
+                return verification.facts
+
+            yield compare
 
     def make(self, type: str, scales: Artifact | None) -> Artifact:
         """The GGUF of one type, rounded as was asked for."""
@@ -628,6 +710,7 @@ class Conversion:
                 self._intermediates.append(stock)
             out = directory / f"{stem}-{type}.gguf"
             told = self._replace(type, scales, refined, stock, out)
+            check_opens(out)
             looked_at = leaks.Calibrated(
                 "GPTQ", self.calibration_text.name, self.calibration_text.digest
             )
@@ -660,6 +743,7 @@ class Conversion:
                 "rounding": self.rounding,
                 "calibration": self.calibration_text.name,
                 **self._calibration_options,
+                **self.verify.key,
             },
             tool={"llama.cpp": self.build.commit},
             work=work,

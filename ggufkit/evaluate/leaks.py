@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 
 from ggufkit.errors import GgufkitError, IntegrityError
 from ggufkit.evaluate.perplexity import name_in_store
-from ggufkit.evaluate.texts import BUILT_IN, load_calibration
 from ggufkit.llamacpp.gguf import read_gguf
 from ggufkit.progress import Progress
 from ggufkit.store import MANIFEST, Store, read_manifest
+from ggufkit.texts.load import BUILT_IN, load_calibration
 from ggufkit.values import Json, RunManifest, Text
 
 if TYPE_CHECKING:
@@ -216,9 +216,18 @@ def find_calibration(record: Calibrated, cache: Path, progress: Progress) -> Pat
         text = load_calibration(record.name, cache=cache, progress=progress)
     except GgufkitError:
         return None
-    same = not record.digest or text.digest == record.digest
+    same = record.digest in ("", text.digest) or _is_digest_of(record)
     # A built-in text of another Python differs little; a file of this name may be anything.
     return text.path if same or record.name in BUILT_IN else None
+
+
+def _is_digest_of(record: Calibrated) -> bool:
+    """Whether a record has the digest of the file itself, as older ones of chats have."""
+    path = Path(record.name)
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == record.digest
 
 
 # --- how much two texts share ------------------------------------------------

@@ -12,7 +12,7 @@ from ggufkit.checkpoint.chat_template import TOOL_USE, CheckpointTemplates
 from ggufkit.errors import CheckpointError, UsageError
 from ggufkit.llamacpp.fitting import Fitting, text_of
 from ggufkit.llamacpp.metadata import Metadata
-from ggufkit.llamacpp.template import Message, RefusedError, TemplateError, render
+from ggufkit.llamacpp.template import Message, RefusedError, TemplateError, normalized, render
 
 
 class NoTemplateError(UsageError):
@@ -46,6 +46,7 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[Message],
+        /,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
@@ -77,7 +78,8 @@ class ChatTemplate:
             return _render_builtin(self.library, self.text, messages, add_generation_prompt)
         given = {"tools": tools, "add_generation_prompt": add_generation_prompt, **variables}
         text = self.tool_use if tools is not None and self.tool_use else self.text
-        fitted = (self._fitting_tool_use if text is not self.text else self._fitting).fit(messages)
+        fitting = self._fitting if text == self.text else self._fitting_tool_use
+        fitted = fitting.fit([normalized(message) for message in messages])
         try:
             return self._write(text, fitted, **given)
         except RefusedError:
@@ -88,7 +90,7 @@ class ChatTemplate:
                 raise
             return self._write(text, whole, **given)
 
-    def _write(self, text: str, messages: Sequence[Message], **given: Any) -> str:
+    def _write(self, text: str, messages: Sequence[Message], /, **given: Any) -> str:
         return render(text, messages, bos=self.bos, eos=self.eos, **{**self.tokens, **given})
 
     @cached_property
