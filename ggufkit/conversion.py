@@ -7,6 +7,7 @@ uses this.
 import dataclasses
 import hashlib
 import os
+import re
 import shutil
 import time
 from collections import Counter
@@ -16,19 +17,23 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
 from ggufkit import settings
+from ggufkit.checkpoint.config import suspicious_keys
 from ggufkit.checkpoint.index import CheckpointIndex, open_checkpoint
-from ggufkit.checkpoint.tokenizer import check_tokenizer
+from ggufkit.checkpoint.prepare import Prepared, prepare_checkpoint
 from ggufkit.errors import CheckpointError
 from ggufkit.evaluate import leaks, perplexity
 from ggufkit.llamacpp.observing import check_opens
 from ggufkit.llamacpp.toolchain import NativeBuild
 from ggufkit.progress import Progress
 from ggufkit.quantize import stages
+from ggufkit.quantize.coverage import check_against_checkpoint
+from ggufkit.quantize.imatrix import read_imatrix
 from ggufkit.quantize.stages import PlannedTensor
-from ggufkit.quantize.types import is_float, space_forecast
+from ggufkit.quantize.types import is_float, require_importance, space_forecast
 from ggufkit.scaling.families import Family, family_of
 from ggufkit.store import Store, canonical_json, require_space
 from ggufkit.texts import load as texts
@@ -55,13 +60,14 @@ if TYPE_CHECKING:
     from ggufkit.scaling.fold import Change
 
 IMPORTANCE = "importance.safetensors"
+_IN_BLOCK = re.compile(r"\.\d+\.")
 _FOLDED = "awq"
 """Directory of a folded checkpoint that holds its scales and how they were found."""
-_AWQ_VERSION = 4
-_IMATRIX_VERSION = 1
-_ROUND_VERSION = 2
-_REPLACE_VERSION = 2
-_REFINE_VERSION = 1
+_AWQ_VERSION = 5
+_IMATRIX_VERSION = 2
+_ROUND_VERSION = 3
+_REPLACE_VERSION = 3
+_REFINE_VERSION = 2
 _MORE_TO_REFINE = 4
 """How many times the text that rounding sees is learned from afterwards."""
 ROUNDING_KEY = "ggufkit.rounding"
@@ -101,15 +107,27 @@ class Conversion:
     guard: bool = False
     verify: VerifyOptions = field(default_factory=VerifyOptions)
     _intermediates: list[Artifact] = field(default_factory=list)
+    _scratch: TemporaryDirectory[str] | None = None
 
     @cached_property
-    def index(self) -> CheckpointIndex:
-        """The checkpoint's index."""
-        return open_checkpoint(
+    def prepared(self) -> Prepared:
+        """The checkpoint with what could be mended, in a directory of links.
+
+        Raises:
+            CheckpointError: its files contradict each other.
+        """
+        opened = open_checkpoint(
             self.checkpoint.path,
             trust_remote_code=self.fetch.trust_remote_code,
             allow_pickle=self.fetch.allow_pickle,
         )
+        self._scratch = TemporaryDirectory(prefix="ggufkit-")
+        return prepare_checkpoint(opened, Path(self._scratch.name) / self.checkpoint.name)
+
+    @property
+    def index(self) -> CheckpointIndex:
+        """The index of the prepared checkpoint, which all stages read."""
+        return self.prepared.index
 
     @cached_property
     def family(self) -> Family:
@@ -141,16 +159,33 @@ class Conversion:
         )
 
     def check_before_work(self, *, folded: bool) -> None:
-        """Refuse what would fail late: a wrong tokenizer, a disk that is too small.
+        """Refuse what would fail late: a disk that is too small.
 
         Called by work that is about to start, not for results that are there.
         """
-        check_tokenizer(self.index)
         copies = (1 if self.types else 0) + (1 if folded else 0)
         wider = self.index.parameters * {"F16": 2, "F32": 4}.get(self.stored_dtype or "", 0)
         needed = copies * max(self.index.nbytes, wider)
         needed += space_forecast(self.index.parameters, self.types)
         require_space(self.store.root, needed, f"converting {self.checkpoint.name}")
+
+    def check_importance(self) -> None:
+        """Refuse a type that needs an importance matrix, and a matrix of another model.
+
+        Raises:
+            GgufkitError: before any work; what needs a GGUF to see is checked later.
+        """
+        if isinstance(self.imatrix, Path):
+            check_against_checkpoint(self.imatrix, read_imatrix(self.imatrix), self.index)
+        elif self.imatrix is None:
+            side = 0 if "GPT2LMHeadModel" in self.index.architectures else -1
+            columns = {
+                tensor.shape[side]
+                for name, tensor in self.index.tensors.items()
+                if len(tensor.shape) > 1 and _IN_BLOCK.search(name)
+            }
+            for type in self.types:
+                require_importance(type, columns)
 
     @cached_property
     def sequences(self) -> "Sequences":
@@ -212,7 +247,7 @@ class Conversion:
                 self.store,
                 self.build,
                 self.checkpoint,
-                self.index,
+                self.prepared,
                 type,
                 self.progress,
                 imatrix=self.imatrix is not None,
@@ -569,8 +604,17 @@ class Conversion:
             calibrated=to_json(self._calibrated(scales, imatrix)),
             verify=self.verify,
             verification=lambda: self._intermediates[-1].manifest.facts["verification"],
+            own_imatrix=self.imatrix == "auto",
+            mended=self._mended,
             progress=self.progress,
         )
+
+    def _mended(self) -> tuple[str, ...]:
+        """What was mended, by those who prepared and converted the checkpoint."""
+        told = [
+            note for made in self._intermediates for note in made.manifest.facts.get("mended", ())
+        ]
+        return tuple(dict.fromkeys((*self.prepared.notes, *told)))
 
     def _imatrix_file(self, scales: Artifact | None) -> Path | None:
         return self.imatrix_for(scales).file(".gguf") if self.imatrix == "auto" else self.imatrix
@@ -598,7 +642,7 @@ class Conversion:
             self.store,
             self.build,
             self.checkpoint,
-            self.index,
+            self.prepared,
             scales,
             fold if scales else None,
             self.progress,
@@ -622,9 +666,10 @@ class Conversion:
         ) as verifier:
             verifier.start()
 
-            def compare(gguf: Path) -> Json:
+            def compare(gguf: Path, read: Json) -> Json:
+                suspects = suspicious_keys(read, self.index.config)
                 with self.progress.task("comparing with the checkpoint"):
-                    verification = verifier.check(gguf)
+                    verification = verifier.check(gguf, suspects)
                 verification.require_same()
                 return verification.facts
 

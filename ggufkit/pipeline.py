@@ -133,10 +133,6 @@ def convert(
             f"{imatrix} was made of the model before scales are folded in",
             "Use --imatrix auto, which makes one of the folded model",
         )
-    if isinstance(imatrix, Path) and not imatrix.is_file():
-        raise UsageError(
-            f"There is no importance matrix {imatrix}", "Name a file, or use --imatrix auto"
-        )
     job = Conversion(
         *(store, build, source, fetch, calibration or Calibration(), wanted, progress),
         awq=awq_options or AwqOptions(),
@@ -145,6 +141,7 @@ def convert(
         guard=guard,
         verify=_checked(verify),
     )
+    job.check_importance()
     scales: dict[str, Artifact] = {}
     for type in filter(is_float, wanted if awq or gptq else ()):
         name = "AWQ" if awq else "GPTQ"
@@ -157,7 +154,7 @@ def convert(
     try:
         for type in wanted:
             made = job.make(type, scales.get(type))
-            notes = source.notes
+            notes = (*source.notes, *made.manifest.facts.get("mended", ()))
             if guard and not is_float(type):
                 made, told = job.guarded(type, made, scales.get(type))
                 notes = (*notes, told)
@@ -224,6 +221,8 @@ def awq(
     )
     scales = job.scales_for([wanted])[wanted]
     job.publish_folded(scales, out)
+    for note in job.prepared.notes:
+        progress.warn(note)
     facts = scales.manifest.facts
     return AwqResult(
         path=out,
@@ -268,15 +267,24 @@ def quantize(
     from ggufkit.evaluate import leaks
     from ggufkit.llamacpp import toolchain
     from ggufkit.llamacpp.gguf import read_gguf
+    from ggufkit.llamacpp.metadata import warn_of_vocabulary
     from ggufkit.quantize import stages
-    from ggufkit.quantize.types import parse_type, space_forecast, stem_of
+    from ggufkit.quantize.imatrix import read_imatrix
+    from ggufkit.quantize.types import parse_type, require_importance, space_forecast, stem_of
     from ggufkit.store import Store, require_space
 
     wanted = list(dict.fromkeys(parse_type(t) for t in types))
     header = read_gguf(gguf, arrays=False)
+    warn_of_vocabulary(header, progress)
     build = toolchain.find_build()
     store = Store(models_dir or settings.models_dir())
     stem = stem_of(gguf)
+    if imatrix:
+        read_imatrix(imatrix)
+    else:
+        maps = [t for t in header.tensors if len(t.shape) > 1 and t.name.startswith("blk.")]
+        for type in wanted:
+            require_importance(type, (t.shape[0] for t in maps))
     require_space(store.root, space_forecast(header.parameters, wanted), f"quantizing {gguf.name}")
     calibrated = leaks.calibrations_of(store, gguf, library.manifest_of(gguf))
     if imatrix:
@@ -339,13 +347,11 @@ def ppl(
     """
     from ggufkit.evaluate import perplexity
     from ggufkit.llamacpp import toolchain
-    from ggufkit.llamacpp.gguf import read_gguf
     from ggufkit.store import Store
 
     if context < 8 or (chunks is not None and chunks < 1):
         raise UsageError("a context needs at least 8 tokens, and at least 1 chunk")
-    for model in models:
-        read_gguf(model, arrays=False)  # a broken file is told before hours of work on others
+    _check_files(models, progress)  # a broken one is told before hours of work on others
     build = toolchain.find_build()
     store = Store(models_dir or settings.models_dir())
     specs = [text] if isinstance(text, str) else text
@@ -370,6 +376,15 @@ def ppl(
                 progress=progress,
             )
     return [found[part.digest, model] for part in read for model in models]
+
+
+def _check_files(models: Sequence[Path], progress: Progress) -> None:
+    """Read the headers of GGUFs, for errors and for what is to be known before work."""
+    from ggufkit.llamacpp.gguf import read_gguf
+    from ggufkit.llamacpp.metadata import warn_of_vocabulary
+
+    for model in dict.fromkeys(models):
+        warn_of_vocabulary(read_gguf(model, arrays=False), progress)
 
 
 def _texts(
@@ -448,6 +463,7 @@ def bench(
         again=again,
         progress=progress,
     )
+    _check_files(models, progress)
     for model in models:
         speed.settings(model)  # what cannot be measured is told before time is spent on others
     return [result for model in models for result in speed.measure(model)]
@@ -505,6 +521,7 @@ def compare(
         raise UsageError(f"a confidence lies between 0 and 1, and {confidence} does not")
     if not models:
         raise UsageError("there is no model to compare with the reference", "Name one or more")
+    _check_files((reference, *models), progress)
     store = Store(models_dir or settings.models_dir())
     setting = comparison.Setting(context, chunks, gpu_layers, confidence, seed, reference_cache)
     comparer = comparison.Comparer(
@@ -544,11 +561,9 @@ def task(
     from ggufkit.evaluate import tasks
     from ggufkit.evaluate.questions import choose, read_questions
     from ggufkit.llamacpp import toolchain
-    from ggufkit.llamacpp.gguf import read_gguf
     from ggufkit.store import Store
 
-    for model in models:
-        read_gguf(model, arrays=False)  # a broken file is told before hours of work on others
+    _check_files(models, progress)  # a broken one is told before hours of work on others
     build = toolchain.find_build()
     store = Store(models_dir or settings.models_dir())
     data = read_questions(file, name, progress)
@@ -697,12 +712,14 @@ def verify(
     from ggufkit import library
     from ggufkit.checkpoint.index import open_checkpoint
     from ggufkit.llamacpp.gguf import read_gguf
+    from ggufkit.llamacpp.metadata import warn_of_vocabulary
     from ggufkit.store import Store
     from ggufkit.verify.check import Verifier, require_names, verify_opens_only
 
     names = require_names(allowed)
     fetch = fetch or FetchOptions()
     header = read_gguf(gguf, arrays=False)
+    warn_of_vocabulary(header, progress)
     if against is None:
         manifest = library.manifest_of(gguf)
         origin = str(manifest.facts.get("origin") or "") if manifest else ""
@@ -808,8 +825,9 @@ def doctor(*, models_dir: Path | None = None) -> tuple["Finding", ...]:
     return examine(models_dir)
 
 
-def inspect(gguf: Path) -> "Inspection":
+def inspect(gguf: Path, *, progress: Progress = SILENT) -> "Inspection":
     """Look at a GGUF; see :func:`ggufkit.quantize.inspect.inspect`."""
+    _check_files([gguf], progress)
     from ggufkit import library
     from ggufkit.quantize.inspect import inspect as look
 
@@ -1042,7 +1060,7 @@ def modelfile(
         progress=progress,
     )
     text = value.render()
-    if not force and target.exists() and target.read_text(encoding="utf-8") != text:
+    if not force and target.exists() and target.read_bytes() != text.encode():
         raise UsageError(
             f"{target} exists and says something else",
             "Replace it with --force, or name another file with -o",
@@ -1074,15 +1092,19 @@ def describe_for_ollama(
 
     from ggufkit import library
     from ggufkit.llamacpp.gguf import read_gguf
+    from ggufkit.llamacpp.metadata import warn_of_vocabulary
     from ggufkit.ollama import modelfile_for
     from ggufkit.store import Store
 
     header = read_gguf(model)
+    warn_of_vocabulary(header, progress)
     config = library.generation_config(Store(models_dir or settings.models_dir()), model)
     try:
         generation = json.loads(config.read_text(encoding="utf-8")) if config else {}
     except ValueError as error:
         raise IntegrityError(f"{config} is not JSON: {error}") from error
+    if not isinstance(generation, dict):
+        raise IntegrityError(f"{config} does not hold a JSON object", "Fetch the file again")
     return modelfile_for(
         header,
         directory=directory,

@@ -540,10 +540,10 @@ def write_demo_tokenizer(gguf: Path, directory: Path) -> Path:
     """Write the tokenizer of the demo model, which the converter knows; ``gguf`` is its GGUF."""
     from gguf import GGUFReader
 
-    from ggufkit.sources import demo
+    from ggufkit.checkpoint.from_gguf import write_tokenizer
 
     directory.mkdir(parents=True, exist_ok=True)
-    demo._write_tokenizer(GGUFReader(gguf), directory)
+    write_tokenizer(GGUFReader(gguf), directory)
     return directory
 
 
@@ -671,8 +671,25 @@ def break_nan(directory: Path) -> None:
 
 
 def break_quantized(directory: Path) -> None:
-    """Mark it as quantized already."""
+    """Pack its linear maps as AWQ's files have them, and say so."""
     edit_config(directory, quantization_config={"quant_method": "awq", "bits": 4})
+    for path in sorted(directory.glob("*.safetensors")):
+        packed = {}
+        for name, tensor in load_file(path).items():
+            if name.endswith("_proj.weight"):
+                stem = name.removesuffix(".weight")
+                rows, columns = tensor.shape
+                packed[f"{stem}.qweight"] = torch.zeros(columns, rows // 8, dtype=torch.int32)
+                packed[f"{stem}.scales"] = torch.ones(columns // 32, rows, dtype=torch.float16)
+            else:
+                packed[name] = tensor
+        save_file(packed, path, {"format": "pt"})
+        index = directory / "model.safetensors.index.json"
+        if index.exists():
+            content = json.loads(index.read_text())
+            others = {n: f for n, f in content["weight_map"].items() if f != path.name}
+            content["weight_map"] = others | dict.fromkeys(packed, path.name)
+            _write_json(index, content)
 
 
 def break_architecture(directory: Path) -> None:

@@ -16,10 +16,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from ggufkit.checkpoint.quantization import check_not_quantized
 from ggufkit.errors import CheckpointError, IntegrityError, SourceError
 from ggufkit.values import Json
 
 SHARD_INDEX = "model.safetensors.index.json"
+WHOLE = "model.safetensors"
+"""Holds all weights, if there is such a file; transformers looks for it first."""
 MAX_HEADER_NBYTES = 100_000_000
 """The safetensors library's own limit."""
 MAX_JSON_NBYTES = 256 * 1024 * 1024
@@ -31,6 +34,7 @@ BITS: dict[str, int] = {
 }  # fmt: skip
 """Width of each safetensors dtype in bits."""
 
+ADAPTER_CONFIG = "adapter_config.json"
 WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
 )
@@ -136,6 +140,7 @@ def open_checkpoint(
     config = open_config(directory, trust_remote_code=trust_remote_code)
     shards, weight_map = _find_shards(directory)
     if not shards:
+        _check_not_adapter(directory)
         return CheckpointIndex(
             directory, config, (), {}, pickles=_find_pickles(directory, allow_pickle)
         )
@@ -157,6 +162,10 @@ def open_checkpoint(
             f"the first is '{absent[0]}'",
             "Fetch the model again: index and shards do not belong together",
         )
+    kinds = {name: (entry.dtype, len(entry.shape)) for name, entry in tensors.items()}
+    check_not_quantized(directory, config, kinds)
+    if any(".lora_A." in name for name in tensors):
+        raise _adapter(directory)
     return CheckpointIndex(directory, config, shards, tensors, metadata)
 
 
@@ -171,7 +180,10 @@ def open_config(path: Path, *, trust_remote_code: bool = False) -> dict[str, Jso
     """
     _check_directory(path)
     config = _read_config(path)
-    _check_not_quantized(path, config)
+    if (path / SHARD_INDEX).is_file() and not (path / WHOLE).is_file():
+        # Names show most kinds of quantized weights before they are fetched.
+        names = dict.fromkeys(_weight_map(path / SHARD_INDEX), ("", 0))
+        check_not_quantized(path, config, names)
     if not trust_remote_code:
         _check_no_remote_code(path, config)
     _check_tokenizer(path)
@@ -263,11 +275,8 @@ def _check_directory(path: Path) -> None:
         raise CheckpointError(f"{path} is empty", "Download the model into it first")
     if "config.json" in names:
         return
-    if "adapter_config.json" in names:
-        raise CheckpointError(
-            f"{path} is a LoRA adapter, not a whole model (it has no config.json)",
-            "Merge the adapter into its base model first",
-        )
+    if ADAPTER_CONFIG in names:
+        raise _adapter(path)
     if ggufs := [name for name in names if name.endswith(".gguf")]:
         raise CheckpointError(
             f"{path} has no config.json, but GGUF files", f"Name the file: {path / ggufs[0]}"
@@ -278,11 +287,42 @@ def _check_directory(path: Path) -> None:
     )
 
 
-def _read_json(path: Path) -> Any:
-    if path.stat().st_size > MAX_JSON_NBYTES:
-        raise IntegrityError(f"{path} is too large for a JSON file ({path.stat().st_size:,} bytes)")
+def _check_not_adapter(path: Path) -> None:
+    if (path / ADAPTER_CONFIG).is_file() and not any(path.glob("pytorch_model*.bin")):
+        raise _adapter(path)
+
+
+def _adapter(path: Path) -> CheckpointError:
+    """The error for an adapter, with the command that makes a model of it."""
+    base = ""
+    if (path / ADAPTER_CONFIG).is_file():
+        settings = read_json(path / ADAPTER_CONFIG)
+        named = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+        base = f" of {named}" if isinstance(named, str) and named else ""
+    merge = (
+        f"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained('{path}')"
+        ".merge_and_unload().save_pretrained('MERGED')"
+    )
+    return CheckpointError(
+        f"{path} is a LoRA adapter{base}, not a whole model: it holds no weights of its own",
+        f'Merge it into its base model: python -c "{merge}", then copy the tokenizer files '
+        "into MERGED and convert that",
+    )
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file of a checkpoint.
+
+    Raises:
+        IntegrityError: it is absurdly large.
+        CheckpointError: it is not JSON.
+    """
     try:
+        if (nbytes := path.stat().st_size) > MAX_JSON_NBYTES:
+            raise IntegrityError(f"{path} is too large for a JSON file ({nbytes:,} bytes)")
         return json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not valid JSON: {error}", "Fetch the file again"
@@ -290,7 +330,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _read_config(path: Path) -> dict[str, Json]:
-    config = _read_json(path / "config.json")
+    config = read_json(path / "config.json")
     if not isinstance(config, dict):
         raise CheckpointError(
             f"{path / 'config.json'} is not a JSON object", "Fetch the file again"
@@ -304,24 +344,11 @@ def _read_config(path: Path) -> dict[str, Json]:
     return config
 
 
-def _check_not_quantized(path: Path, config: dict[str, Json]) -> None:
-    section = config.get("quantization_config") or config.get("compression_config")
-    if not section:
-        return
-    found = section if isinstance(section, dict) else {}
-    method = found.get("quant_method", "of an unnamed method")
-    bits = f", {found['bits']} bits" if "bits" in found else ""
-    raise CheckpointError(
-        f"{path} is already quantized ({method}{bits}): quantizing again would add error to error",
-        "Use the original model that this one was made from (its model card names it)",
-    )
-
-
 def _check_no_remote_code(path: Path, config: dict[str, Json]) -> None:
     found = [("config.json", config)]
     tokenizer_config = path / "tokenizer_config.json"
     if tokenizer_config.is_file():
-        found.append((tokenizer_config.name, _read_json(tokenizer_config)))
+        found.append((tokenizer_config.name, read_json(tokenizer_config)))
     for name, values in found:
         auto_map = values.get("auto_map") if isinstance(values, dict) else None
         if auto_map:
@@ -362,23 +389,32 @@ def _find_shards(path: Path) -> tuple[tuple[str, ...], dict[str, str]]:
         # The converter and transformers read only files called model*; others
         # (consolidated.safetensors, adapters) repeat weights or belong to other programs.
         return tuple(n for n in names if n.startswith("model")), {}
-    content = _read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no weight_map", "Fetch the file again")
-    shards = sorted({str(shard) for shard in weight_map.values()})
-    for shard in shards:
-        if not re.fullmatch(r"[^/\\]+\.safetensors", shard):
-            raise IntegrityError(
-                f"{index} names '{shard}', which is not a shard in the same directory",
-                "Do not use this checkpoint: it points out of its own directory",
-            )
+    weight_map = _weight_map(index)
+    shards = sorted(set(weight_map.values()))
+    if WHOLE not in shards and (path / WHOLE).is_file():
+        # An index that was left behind, of other files: transformers does not read it.
+        return (WHOLE,), {}
     if missing := [shard for shard in shards if not (path / shard).is_file()]:
         raise CheckpointError(
             f"{path} lacks {len(missing)} of its {len(shards)} shards: {', '.join(missing)}",
             "Download the missing file, or fetch the model again",
         )
-    return tuple(shards), {str(k): str(v) for k, v in weight_map.items()}
+    return tuple(shards), weight_map
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Shard by tensor name, as an index file says."""
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map", "Fetch the file again")
+    for shard in sorted({str(shard) for shard in weight_map.values()}):
+        if not re.fullmatch(r"[^/\\]+\.safetensors", shard):
+            raise IntegrityError(
+                f"{index} names '{shard}', which is not a shard in the same directory",
+                "Do not use this checkpoint: it points out of its own directory",
+            )
+    return {str(k): str(v) for k, v in weight_map.items()}
 
 
 def _find_pickles(path: Path, allow_pickle: bool) -> tuple[str, ...]:

@@ -73,8 +73,13 @@ def write_checkpoint(
             done = _write_shard(
                 index, shard, out_dir / shard, replace, dtypes or {}, extra, task, done
             )
-    if added and (index.path / SHARD_INDEX).is_file():
-        _extend_shard_index(out_dir / SHARD_INDEX, index.shards[-1], added)
+    if (out_dir / SHARD_INDEX).is_file():
+        written = {name: entry.shard for name, entry in index.tensors.items()}
+        _correct_shard_index(
+            out_dir / SHARD_INDEX,
+            written | dict.fromkeys(added, index.shards[-1]),
+            sum(t.nbytes for t in added.values()),
+        )
 
 
 def safetensors_header(
@@ -184,10 +189,13 @@ def _copy_companions(
         (out_dir / "config.json").write_text(text, encoding="utf-8")
 
 
-def _extend_shard_index(path: Path, shard: str, added: "Mapping[str, torch.Tensor]") -> None:
+def _correct_shard_index(path: Path, weight_map: Mapping[str, str], nbytes: int) -> None:
+    """Let the index name what was written, ``nbytes`` more than before."""
     content = json.loads(path.read_bytes())
-    content["weight_map"] |= dict.fromkeys(added, shard)
+    if content["weight_map"] == weight_map:
+        return
+    content["weight_map"] = dict(weight_map)
     total = content.get("metadata", {}).get("total_size")
     if isinstance(total, int):
-        content["metadata"]["total_size"] = total + sum(t.nbytes for t in added.values())
+        content["metadata"]["total_size"] = total + nbytes
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

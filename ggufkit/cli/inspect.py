@@ -29,7 +29,8 @@ def command(session: Session, gguf: str, tensors: bool, as_json: bool) -> None:
     """
     from ggufkit import pipeline
 
-    seen = pipeline.inspect(pipeline.find_model(gguf, session.models_dir))
+    path = pipeline.find_model(gguf, session.models_dir)
+    seen = pipeline.inspect(path, progress=session.progress)
     session.emit(as_json, seen, lambda: _print(session, seen, tensors))
 
 

@@ -94,7 +94,7 @@ def calibration_options(command: _Command) -> _Command:
             show_default=True,
             help="Tokens of each sequence.",
         ),
-        click.option("--column", help="Column of a parquet, arrow or jsonl text."),
+        click.option("--column", help="Column of text or chats in a file of rows."),
         click.option("--seed", type=int, help="Choose sequences by chance, not evenly."),
     )
 

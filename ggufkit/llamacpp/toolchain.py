@@ -26,10 +26,11 @@ from typing import IO, Any
 
 from ggufkit import settings
 from ggufkit.errors import GgufkitError, IntegrityError, SourceError, ToolError, ToolOutputError
-from ggufkit.llamacpp import host, leash, output
+from ggufkit.llamacpp import converter, host, leash, output, reasons
 from ggufkit.llamacpp.output import PerplexityOutput, QuantizeOutput
 from ggufkit.llamacpp.pin import read_pin, recipe_digest
 from ggufkit.progress import SILENT, Progress, Task
+from ggufkit.values import Json
 
 BUILD_FILE = "build.json"
 TOOLS = (
@@ -375,11 +376,13 @@ def explain_failure(ran: ToolRun, what: str, log: Path | None, line: str = "") -
     if ran.returncode < 0:
         name = signal.Signals(-ran.returncode).name
         hint = _SIGNAL_HINTS.get(name, "")
+        why = reasons.abort_reason(ran.tail)
         return ToolError(
-            f"{what} failed: {Path(ran.argv[0]).name} was ended by {name}",
+            f"{what} failed: {Path(ran.argv[0]).name} was ended by {name}"
+            + (f" ({why})" if why else ""),
             ". ".join(part for part in (hint, _log_hint(log)) if part),
         )
-    return ToolError(f"{what} failed: {line or output.essential_line(ran.tail)}", _log_hint(log))
+    return ToolError(f"{what} failed: {line or reasons.essential_line(ran.tail)}", _log_hint(log))
 
 
 # pip, by which everything is fetched.
@@ -471,8 +474,9 @@ def _download_error(requirement: str, sha256: str, ran: ToolRun, log: Path) -> G
             f"{requirement} hashes to {got[1]}, but {sha256} is expected",
             "The package index gives another file; do not use it",
         )
+    why = reasons.connection_problem(ran.tail) or reasons.essential_line(ran.tail)
     return SourceError(
-        f"{requirement} cannot be fetched: {output.essential_line(ran.tail)}",
+        f"{requirement} cannot be fetched: {why}",
         f"Look at the network, or at the index: {sys.executable} -m pip config list. "
         + _log_hint(log),
     )
@@ -574,10 +578,15 @@ def convert_checkpoint(
     name: str,
     vocab_only: bool = False,
     mmproj: bool = False,
+    options: Mapping[str, Json] | None = None,
+    report: Path | None = None,
     log: Path,
     progress: Progress = SILENT,
 ) -> ToolRun:
     """Convert a checkpoint to a GGUF with llama.cpp's converter.
+
+    It runs inside :mod:`ggufkit.llamacpp.converter`, which lets it read
+    ``config.json`` as it is written.
 
     Args:
         build: whose converter to run.
@@ -588,6 +597,9 @@ def convert_checkpoint(
             would make one up from the directory's name.
         vocab_only: write metadata and vocabulary but no tensors.
         mmproj: write the part that sees images instead of the one that writes.
+        options: what else the converter has to know of the checkpoint, such as its
+            end tokens (``Prepared.converter_options``).
+        report: gets what was read of the config, as JSON; also of a failed run.
         log: gets what it prints.
         progress: told how much is written.
 
@@ -595,14 +607,20 @@ def convert_checkpoint(
         ToolError: if the converter fails, with its reason.
     """
     argv: list[str | Path] = [
-        *(sys.executable, build.scripts / "convert_hf_to_gguf.py", checkpoint.absolute()),
-        *("--outfile", out.absolute(), "--outtype", outtype, "--model-name", name),
+        *(checkpoint.absolute(), "--outfile", out.absolute()),
+        *("--outtype", outtype, "--model-name", name),
         *(["--vocab-only"] if vocab_only else []),
         *(["--mmproj"] if mmproj else []),
     ]
     title = f"reading the vocabulary of {name}" if vocab_only else f"converting {name}"
     title += " (projector)" if mmproj else ""
-    with progress.task(title, 100, "percent") as task:
+    with ExitStack() as stack:
+        job = Path(stack.enter_context(TemporaryDirectory(prefix="ggufkit-"))) / "task.json"
+        given = {"no_mtp": False, "end_tokens": [], "renamed": {}, "dropped": []}
+        given |= {"scripts": str(build.scripts), "report": str(report) if report else None}
+        job.write_text(json.dumps({**given, **(options or {})}), encoding="utf-8")
+        argv = [sys.executable, converter.__file__, job, *argv]
+        task = stack.enter_context(progress.task(title, 100, "percent"))
         watch = output.Percentages(lambda percent: task.update(percent))
         try:
             ran = run(argv, env=_CONVERTER_ENV, on_text=watch.feed, log=log)
@@ -789,7 +807,7 @@ def perplexity(
 
         ran = run(argv, on_text=on_text, log=log)
         ended = watch.chunks if ran.returncode else output.says_estimate(printed)
-        if ran.returncode < 0 or ended or output.says_error(ran.tail):
+        if ran.returncode < 0 or ended or reasons.says_error(ran.tail):
             break
     if ran.returncode != 0 or not watch.chunks:
         raise _perplexity_error(ran, model, text_name, context, log)

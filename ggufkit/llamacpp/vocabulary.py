@@ -30,14 +30,18 @@ class Vocabulary:
     Args:
         library: the binding, as :func:`~ggufkit.llamacpp.runtime.load_llama_cpp` gives it.
         model: the loaded model's pointer; it must outlive this.
+        stops: tokens that end an answer though llama.cpp does not know it.
 
     Attributes:
         size: number of tokens.
         pointer: llama.cpp's own handle.
     """
 
-    def __init__(self, library: ModuleType, model: Any) -> None:
+    def __init__(
+        self, library: ModuleType, model: Any, stops: frozenset[int] = frozenset()
+    ) -> None:
         self._library = library
+        self._stops = stops
         self.pointer = library.llama_model_get_vocab(model)
         self.size = int(library.llama_vocab_n_tokens(self.pointer))
         self._expressing = Expressing(library, self.pointer)
@@ -50,7 +54,8 @@ class Vocabulary:
     def end_tokens(self) -> frozenset[int]:
         """Tokens that end an answer."""
         is_end = self._library.llama_vocab_is_eog
-        return frozenset(t for t in range(self.size) if is_end(self.pointer, t))
+        known = frozenset(t for t in range(self.size) if is_end(self.pointer, t))
+        return known | {t for t in self._stops if t < self.size}
 
     @cached_property
     def bos(self) -> int:

@@ -16,16 +16,26 @@ from typing import TYPE_CHECKING
 
 from ggufkit import settings
 from ggufkit.checkpoint.index import CheckpointIndex
-from ggufkit.errors import CheckpointError
+from ggufkit.checkpoint.prepare import Prepared
+from ggufkit.errors import CheckpointError, ToolOutputError
 from ggufkit.llamacpp import toolchain
 from ggufkit.llamacpp.gguf import read_gguf, write_skeleton
 from ggufkit.llamacpp.observing import check_opens
+from ggufkit.llamacpp.output import QuantizeOutput
 from ggufkit.llamacpp.toolchain import NativeBuild
-from ggufkit.progress import Progress
+from ggufkit.progress import SILENT, Progress
+from ggufkit.quantize.coverage import (
+    Coverage,
+    coverage_notes,
+    coverage_of,
+    require_same_model,
+)
+from ggufkit.quantize.imatrix import read_imatrix
 from ggufkit.store import Store
 from ggufkit.values import (
     Artifact,
     Checkpoint,
+    GGUFFile,
     Json,
     QuantizeResult,
     QuantRecipe,
@@ -36,9 +46,9 @@ from ggufkit.values import (
 if TYPE_CHECKING:
     from ggufkit.quantize.imatrix import Floats
 
-_CONVERT_VERSION = 2
-_PLAN_VERSION = 2
-_QUANTIZE_VERSION = 2
+_CONVERT_VERSION = 3
+_PLAN_VERSION = 3
+_QUANTIZE_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -56,12 +66,13 @@ class PlannedTensor:
     type: str
 
 
-Compare = Callable[[Path], Json]
-"""Compares a float GGUF with its checkpoint; facts for the manifest."""
+Compare = Callable[[Path, Json], Json]
+"""Compares a float GGUF with its checkpoint, given what the converter read of the config;
+facts for the manifest."""
 Verifying = Callable[[], AbstractContextManager[Compare]]
 
 
-def _opens(gguf: Path) -> Json:
+def _opens(gguf: Path, _: Json) -> Json:
     check_opens(gguf)
     return "skipped"
 
@@ -79,7 +90,7 @@ def convert(
     store: Store,
     build: NativeBuild,
     checkpoint: Checkpoint,
-    index: CheckpointIndex,
+    prepared: Prepared,
     scales: Artifact | None,
     fold: Callable[[Path], None] | None,
     progress: Progress,
@@ -94,7 +105,7 @@ def convert(
         store: the models directory.
         build: whose converter to run.
         checkpoint: what to convert.
-        index: its index.
+        prepared: the same with what could be mended.
         scales: the scales folded in, or None.
         fold: writes the folded checkpoint into a directory; None without scales.
         progress: told how far it is.
@@ -106,12 +117,12 @@ def convert(
         verify: what ``verifying`` was made with.
     """
     suffix = "-awq" if scales else ""
-    outtype = outtype or outtype_of(index)
+    outtype = outtype or outtype_of(prepared.index)
 
     def work(directory: Path) -> dict[str, Json]:
-        source = _named(directory, checkpoint)
+        source, report = prepared.path, directory / ".config.json"
         if fold:
-            source.unlink()
+            source = directory / ".source" / checkpoint.name
             fold(source)
         out = directory / f"{checkpoint.name}{suffix}-{outtype.upper()}.gguf"
         with verifying() if verifying else nullcontext(_opens) as compare:
@@ -121,13 +132,22 @@ def convert(
                 out,
                 outtype=outtype,
                 name=checkpoint.name,
+                options=prepared.converter_options,
+                report=report,
                 log=store.log("convert"),
                 progress=progress,
             )
-            # Not kept until publishing: disk is what a 7B model is short of.
-            shutil.rmtree(source.parent)
-            facts = compare(out)
-        return {"peak_rss_nbytes": ran.peak_rss_nbytes, "verification": facts}
+            if fold:
+                # Not kept until publishing: disk is what a 7B model is short of.
+                shutil.rmtree(source.parent)
+            read = json.loads(report.read_bytes())
+            verification = compare(out, read)
+        return {
+            "peak_rss_nbytes": ran.peak_rss_nbytes,
+            "mended": [*prepared.notes, *_filled_notes(read)],
+            "config": read,
+            "verification": verification,
+        }
 
     return store.run(
         "convert",
@@ -144,16 +164,13 @@ def convert(
     )
 
 
-def _named(directory: Path, checkpoint: Checkpoint) -> Path:
-    """A link to the checkpoint by the model's name, in scratch.
-
-    The converter makes metadata (``general.basename``, ``general.finetune``) out
-    of the directory's name, which may be anything; so it is given this one.
-    """
-    link = directory / ".source" / checkpoint.name
-    link.parent.mkdir()
-    link.symlink_to(checkpoint.path.absolute(), target_is_directory=True)
-    return link
+def _filled_notes(report: Mapping[str, Json]) -> list[str]:
+    """What the config lacked and llama.cpp needs, in words."""
+    return [
+        f"config.json lacks {key}; {json.dumps(value)} was taken from {source}"
+        for key, (value, source) in report["filled"].items()
+        if source.startswith("transformers")
+    ]
 
 
 SCALES_FILE = "scales.safetensors"
@@ -173,7 +190,7 @@ def plan(
     store: Store,
     build: NativeBuild,
     checkpoint: Checkpoint,
-    index: CheckpointIndex,
+    prepared: Prepared,
     type: str,
     progress: Progress,
     *,
@@ -197,18 +214,19 @@ def plan(
 
     def write_vocab(directory: Path) -> dict[str, Json]:
         with ThreadPoolExecutor(1) as pool:
-            prepared = pool.submit(meanwhile or (lambda: None))
+            beside = pool.submit(meanwhile or (lambda: None))
             toolchain.convert_checkpoint(
                 build,
-                _named(directory, checkpoint),
+                prepared.path,
                 directory / "vocab.gguf",
                 outtype="f16",
                 name=checkpoint.name,
                 vocab_only=True,
+                options=prepared.converter_options,
                 log=store.log("convert"),
                 progress=progress,
             )
-            prepared.result()
+            beside.result()
         return {}
 
     def write_plan(directory: Path) -> dict[str, Json]:
@@ -222,9 +240,9 @@ def plan(
             work=write_vocab,
             progress=progress,
         )
-        names = _gguf_names(vocab.file(".gguf"), index)
+        names = _gguf_names(vocab.file(".gguf"), prepared.index)
         skeleton = directory / ".skeleton.gguf"
-        tensors = _skeleton_tensors(index, names)
+        tensors = _skeleton_tensors(prepared.index, names)
         write_skeleton(vocab.file(".gguf"), skeleton, tensors)
         level = directory / ".level-imatrix.gguf"
         if imatrix:
@@ -358,6 +376,8 @@ def quantize(
     calibrated: Sequence[Json] | None = None,
     verify: VerifyOptions | None = None,
     verification: Callable[[], Json] | None = None,
+    own_imatrix: bool = False,
+    mended: Callable[[], Sequence[str]] = tuple,
     progress: Progress,
 ) -> Artifact:
     """Quantize a GGUF to one type with llama-quantize.
@@ -377,26 +397,38 @@ def quantize(
             that is not known. See :mod:`ggufkit.evaluate.leaks`.
         verify: how the source is compared with its checkpoint.
         verification: what came of it; called after ``source``.
-        progress: told how far it is.
+        own_imatrix: whether the matrix was made here, of this very model.
+        mended: what was mended in the source's checkpoint; called after ``source``.
+        progress: told how far it is, and warned of what the matrix does not cover.
+
+    Raises:
+        CheckpointError: if the matrix was made of another model.
     """
 
     def work(directory: Path) -> dict[str, Json]:
         out = directory / f"{stem}-{recipe.type}.gguf"
-        told = toolchain.quantize(
-            build,
-            source().absolute(),
-            out.absolute(),
-            recipe.type,
-            imatrix=imatrix,
-            tensor_types=recipe.tensor_types,
-            allow_requantize=allow_requantize,
-            threads=settings.threads(),
-            log=store.log("quantize"),
-            progress=progress,
-        )
+
+        def run(*, dry_run: bool = False) -> QuantizeOutput:
+            return toolchain.quantize(
+                build,
+                gguf,
+                out.absolute(),
+                recipe.type,
+                imatrix=imatrix,
+                tensor_types=recipe.tensor_types,
+                allow_requantize=allow_requantize,
+                dry_run=dry_run,
+                threads=settings.threads(),
+                log=store.log("quantize"),
+                progress=SILENT if dry_run else progress,
+            )
+
+        gguf = source().absolute()
+        covered = _covered(imatrix, run(dry_run=True), own=own_imatrix) if imatrix else None
+        told = run()
         check_opens(out)
         written = read_gguf(out, arrays=False)
-        return {
+        facts: dict[str, Json] = {
             **({} if verification is None else {"verification": verification()}),
             "bits_per_weight": written.bits_per_weight,
             "bits_per_weight_asked": told.bits_per_weight_asked(written),
@@ -405,8 +437,14 @@ def quantize(
             "nbytes": written.nbytes,
             "peak_rss_nbytes": told.peak_rss_nbytes,
             "origin": origin,
+            "mended": list(mended()),
             **({} if calibrated is None else {"calibrated": list(calibrated)}),
+            **_imatrix_facts(covered, told),
+            **_experts_facts(recipe.type, written),
         }
+        for note in notes_of(facts):
+            progress.warn(note)
+        return facts
 
     return store.run(
         "quantize",
@@ -421,6 +459,48 @@ def quantize(
         work=work,
         progress=progress,
     )
+
+
+def _covered(imatrix: Path, planned: QuantizeOutput, *, own: bool) -> Coverage:
+    """What a matrix covers, by its file and llama-quantize's plan; before the work."""
+    entries = read_imatrix(imatrix)
+    covered = coverage_of(entries, planned.tensors)
+    if not own:
+        require_same_model(imatrix, entries, planned.tensors, covered)
+    return covered
+
+
+def _imatrix_facts(covered: Coverage | None, told: QuantizeOutput) -> dict[str, Json]:
+    """What a matrix covers, after llama-quantize's own remarks were compared with it."""
+    if covered is None:
+        return {}
+    inside = {name for name in told.without_importance if "blk." in name}
+    if unexpected := sorted(inside - set(covered.without)):
+        raise ToolOutputError(
+            f"llama-quantize made no use of the importance matrix's entry for {unexpected[0]}"
+        )
+    return {"imatrix": covered.facts}
+
+
+_EXPERTS_ALONE = "MXFP4_MOE"
+
+
+def _experts_facts(type: str, written: GGUFFile) -> dict[str, Json]:
+    """Whether a type that is for experts found none."""
+    none = type == _EXPERTS_ALONE and all(t.type != "MXFP4" for t in written.tensors)
+    return {"no_experts": True} if none else {}
+
+
+def notes_of(facts: Mapping[str, Json]) -> tuple[str, ...]:
+    """What a user is to know of a quantized file beside its numbers."""
+    notes = coverage_notes(facts)
+    if facts.get("no_experts"):
+        notes += (
+            f"{_EXPERTS_ALONE} puts the maps of experts alone into MXFP4 (4.25 bits per weight); "
+            "this model has none, so all that is quantized became Q8_0, and the file has "
+            f"{facts['bits_per_weight']:.2f} bits per weight",
+        )
+    return notes
 
 
 def result_of(artifact: Artifact, path: Path, notes: tuple[str, ...] = ()) -> QuantizeResult:
@@ -440,5 +520,5 @@ def result_of(artifact: Artifact, path: Path, notes: tuple[str, ...] = ()) -> Qu
         nbytes=facts["nbytes"],
         seconds=artifact.manifest.seconds,
         reused=artifact.reused,
-        notes=notes,
+        notes=(*notes, *notes_of(facts)),
     )

@@ -35,12 +35,17 @@ def test_tokens_without_embeddings(checkpoint: Path, kept: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "data"),
-    [("tokenizer.json", b"{}"), ("tokenizer.json", b"["), ("tokenizer.model", b"\nrubbish")],
+    ("name", "data", "reason"),
+    [
+        ("tokenizer.json", b"{}", "cannot be read"),
+        ("tokenizer.json", b"[", "is not valid JSON"),
+        ("tokenizer.json", b"[]", "cannot be read"),
+        ("tokenizer.model", b"\nrubbish", "cannot be read"),
+    ],
 )
-def test_a_damaged_tokenizer(checkpoint: Path, name: str, data: bytes) -> None:
+def test_a_damaged_tokenizer(checkpoint: Path, name: str, data: bytes, reason: str) -> None:
     (checkpoint / name).write_bytes(data)
-    assert f"{name} cannot be read" in message(checkpoint)
+    assert f"{name} {reason}" in message(checkpoint)
 
 
 def test_added_tokens_count(checkpoint: Path) -> None:

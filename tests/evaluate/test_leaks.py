@@ -1,6 +1,7 @@
 """Measuring on what a model was calibrated on is noticed."""
 
 import dataclasses
+import hashlib
 import json
 import random
 import shutil
@@ -18,7 +19,7 @@ from ggufkit.library import manifest_of
 from ggufkit.llamacpp.toolchain import NativeBuild
 from ggufkit.progress import SILENT
 from ggufkit.store import Store
-from ggufkit.texts.load import load_text
+from ggufkit.texts.load import load_calibration, load_text
 from ggufkit.values import AwqOptions, Calibration
 from tests.factory import make_checkpoint
 
@@ -371,6 +372,20 @@ def test_the_text_is_found_by_its_digest_or_its_name(tmp_path: Path) -> None:
     assert find(Calibrated("AWQ", "pydoc-calibration")) is not None
     assert find(Calibrated("AWQ")) is None
     assert find(Calibrated("AWQ", "no-such-text")) is None
+
+
+def test_a_file_of_chats_is_found_by_its_own_digest_too(tmp_path: Path) -> None:
+    """Older records have the digest of the file, newer ones that of its rows in one form."""
+    chat = {"messages": [{"role": "user", "content": prose(1)}]}
+    path = file(tmp_path / "chats.jsonl", json.dumps(chat) + "\n")
+    cache = tmp_path / "cache"
+    kept = load_calibration(str(path), cache=cache)
+    for digest in (hashlib.sha256(path.read_bytes()).hexdigest(), kept.digest):
+        record = Calibrated("AWQ", str(path), digest)
+        assert leaks.find_calibration(record, cache, SILENT) == kept.path
+    assert leaks.find_calibration(Calibrated("AWQ", str(path), "0" * 64), cache, SILENT) is None
+    said = file(tmp_path / "said.txt", prose(1))
+    assert leaks.overlap(said, kept.path) == 1
 
 
 def test_of_a_stray_file_nothing_is_known(
