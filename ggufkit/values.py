@@ -618,6 +618,28 @@ class VerifyOptions:
         return {"allow_difference": sorted(self.allowed)} if self.allowed else {}
 
 
+def verification_in_words(facts: Mapping[str, Json]) -> str:
+    """What a manifest's facts say of the comparison with the checkpoint, in one line.
+
+    Returns:
+        Empty where nothing is known, as for files of other origin.
+    """
+    found = facts.get("verification")
+    if not found:
+        return ""
+    if found == "skipped":
+        return "not compared with its checkpoint (--no-verify)"
+    figures, mismatches = found["figures"], found["mismatches"]
+    names = ", ".join(f"{m['name']} ({'allowed' if m['error'] else 'warning'})" for m in mismatches)
+    words = f"differs in {names}" if names else "same as the checkpoint"
+    if "kl_mean" in figures:
+        count = f"{figures['positions']:.0f} predictions"
+        words += f"; KL {figures['kl_mean']:.1e} on {count} of the float GGUF"
+    if found["not_compared"]:
+        words += f"; {len(found['not_compared'])} of 3 parts could not be compared"
+    return words
+
+
 @dataclass(frozen=True)
 class Calibration:
     """What AWQ and the importance matrix look at.

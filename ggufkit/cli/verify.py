@@ -80,5 +80,10 @@ def _print(session: Session, found: "Verification") -> None:
         )
     if not found.against:
         console.print("opened and run by llama.cpp; --against CHECKPOINT compares it")
-    elif not found.mismatches:
+    elif not found.mismatches and found.exact:
         console.print(f"[green]same[/] as the checkpoint {escape(found.against)}")
+    elif not found.exact:
+        console.print(
+            "the file is quantized, so its distance is a figure and no error; "
+            "ggufkit compare says what it costs"
+        )

@@ -115,6 +115,7 @@ class Verifier:
             expected = {"tokenizer": reason, "conversations": reason, "predictions": reason}
         started = time.monotonic()
         got = observing.ask(self._request(gguf, expected), gguf)
+        exact = {tensor.type for tensor in header.tensors} <= _FLOATS
         mismatches, figures, missing = _compare(
             self._index,
             expected,
@@ -122,16 +123,17 @@ class Verifier:
             Metadata(header),
             Path(self._scratch.name),
             suspects or {},
-            exact={tensor.type for tensor in header.tensors} <= _FLOATS,
+            exact=exact,
         )
         return Verification(
-            gguf,
-            self._index.path.name,
-            tuple(sorted(mismatches, key=lambda m: not m.error)),
-            self._allowed,
-            figures,
-            tuple(missing),
-            time.monotonic() - started + float(expected.get("seconds") or 0),
+            gguf=gguf,
+            against=self._index.path.name,
+            mismatches=tuple(sorted(mismatches, key=lambda m: not m.error)),
+            allowed=self._allowed,
+            figures=figures,
+            not_compared=tuple(missing),
+            exact=exact,
+            seconds=time.monotonic() - started + float(expected.get("seconds") or 0),
         )
 
     def _request(self, gguf: Path, expected: Json) -> dict[str, Json]:

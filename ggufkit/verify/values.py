@@ -55,6 +55,7 @@ class Verification:
         figures: what was compared, in numbers: lines, conversations, positions,
             ``kl_mean`` and ``kl_max`` in nats with their bounds.
         not_compared: what could not be compared, and why.
+        exact: whether the GGUF holds floats, so that its predictions must be the checkpoint's.
         seconds: wall time.
     """
 
@@ -64,6 +65,7 @@ class Verification:
     allowed: tuple[str, ...] = ()
     figures: Mapping[str, float] = field(default_factory=dict)
     not_compared: tuple[str, ...] = ()
+    exact: bool = True
     seconds: float = 0.0
 
     @property
