@@ -19,7 +19,7 @@ from tests.architectures.recipes.shared import (
     layers,
     rope,
 )
-from tests.architectures.row import Kind, Row, Verdict, differs, nearly, refused
+from tests.architectures.row import Expected, Kind, Row, differs, nearly, refused
 from tests.architectures.steps import architecture, keys, without
 
 DENSE = {
@@ -37,7 +37,10 @@ DENSE = {
     ),
     "llama_bias": Row("Llama", {"attention_bias": True, "mlp_bias": True}, **SPM),
     "mistral_swa": Row(
-        "Mistral", {"sliding_window": 32}, **SPM, expected=differs("sliding_window")
+        "Mistral",
+        {"sliding_window": 32},
+        **SPM,
+        expected=differs("sliding_window", "sliding_window=32"),
     ),
     "ministral3": Row("Ministral3", MINISTRAL),
     "phi3_longrope": Row("Phi3", PHI | rope(**LONGROPE), **SPM),
@@ -84,7 +87,7 @@ DENSE = {
         expected=nearly("layer_rope_theta"),
     ),
     # The converter takes padding and unknown for 0 and 1 in every tokenizer.
-    "nemotron": Row("Nemotron", **SPM, expected=Verdict(Kind.DIFFERS, "the UNK token")),
+    "nemotron": Row("Nemotron", **SPM, expected=Expected(Kind.DIFFERS, ("the UNK token",))),
     "olmo": Row("Olmo", {"clip_qkv": 8.0}),
     "olmo3": Row("Olmo3", layers("sssf")),
     "ernie4_5": Row("Ernie4_5", {"use_bias": False}, **SPM),
