@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Literal
 
 from ggufkit import settings
@@ -107,7 +108,6 @@ class Conversion:
     guard: bool = False
     verify: VerifyOptions = field(default_factory=VerifyOptions)
     _intermediates: list[Artifact] = field(default_factory=list)
-    _scratch: TemporaryDirectory[str] | None = None
 
     @cached_property
     def prepared(self) -> Prepared:
@@ -121,8 +121,9 @@ class Conversion:
             trust_remote_code=self.fetch.trust_remote_code,
             allow_pickle=self.fetch.allow_pickle,
         )
-        self._scratch = TemporaryDirectory(prefix="ggufkit-")
-        return prepare_checkpoint(opened, Path(self._scratch.name) / self.checkpoint.name)
+        scratch = Path(mkdtemp(prefix="ggufkit-"))
+        weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
+        return prepare_checkpoint(opened, scratch / self.checkpoint.name)
 
     @property
     def index(self) -> CheckpointIndex:
