@@ -28,7 +28,7 @@ from ggufkit.checkpoint.prepare import Prepared, prepare_checkpoint
 from ggufkit.errors import CheckpointError
 from ggufkit.evaluate import leaks, perplexity
 from ggufkit.llamacpp.observing import check_opens
-from ggufkit.llamacpp.toolchain import NativeBuild
+from ggufkit.llamacpp.toolchain import Converter, NativeBuild
 from ggufkit.progress import Progress
 from ggufkit.quantize import stages
 from ggufkit.quantize.coverage import check_against_checkpoint
@@ -93,6 +93,7 @@ class Conversion:
         rounding: how weights are rounded onto the grid of their type.
         guard: whether files made in a simpler way will be looked at too.
         verify: how float GGUFs are compared with the checkpoint.
+        converter: llama.cpp's converter, if it was started already.
     """
 
     store: Store
@@ -107,6 +108,7 @@ class Conversion:
     rounding: RoundingOptions = field(default_factory=RoundingOptions)
     guard: bool = False
     verify: VerifyOptions = field(default_factory=VerifyOptions)
+    converter: Converter | None = None
     _intermediates: list[Artifact] = field(default_factory=list)
 
     @cached_property
@@ -253,6 +255,7 @@ class Conversion:
                 self.progress,
                 imatrix=self.imatrix is not None,
                 meanwhile=meanwhile,
+                converter=self._started_converter,
             )
             for type in types
         }
@@ -650,9 +653,20 @@ class Conversion:
             outtype=outtype,
             verifying=(lambda: self._verifying(outtype)) if self.verify.enabled else None,
             verify=self.verify,
+            converter=self._started_converter,
         )
         self._intermediates.append(made)
         return made.file(".gguf")
+
+    def close(self) -> None:
+        """End a converter that got no task."""
+        if started := self._started_converter():
+            started.close()
+
+    def _started_converter(self) -> Converter | None:
+        """The converter that waits for a task; it takes one alone."""
+        started, self.converter = self.converter, None
+        return started
 
     @contextmanager
     def _verifying(self, outtype: str) -> Iterator[stages.Compare]:
@@ -661,6 +675,7 @@ class Conversion:
 
         with Verifier(
             self.index,
+            original=self.checkpoint.path,
             trust_remote_code=self.fetch.trust_remote_code,
             stored=outtype.upper(),
             allowed=self.verify.allowed,
@@ -668,9 +683,10 @@ class Conversion:
             verifier.start()
 
             def compare(gguf: Path, read: Json) -> Json:
-                suspects = suspicious_keys(read, self.index.config)
                 with self.progress.task("comparing with the checkpoint"):
-                    verification = verifier.check(gguf, suspects)
+                    verification = verifier.check(
+                        gguf, lambda: suspicious_keys(read, self.index.config)
+                    )
                 verification.require_same()
                 return verification.facts
 

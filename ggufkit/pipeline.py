@@ -5,12 +5,15 @@ returns values; nothing here prints. Rooms are imported inside the functions,
 so that importing this module costs nothing.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from ggufkit import settings
-from ggufkit.errors import IntegrityError, UsageError
+from ggufkit.errors import GgufkitError, IntegrityError, UsageError
 from ggufkit.progress import SILENT, Progress
 from ggufkit.values import (
     Artifact,
@@ -23,6 +26,7 @@ from ggufkit.values import (
     DemoResult,
     EvalResult,
     FetchOptions,
+    Json,
     QuantizeResult,
     QuantRecipe,
     RoundingOptions,
@@ -43,6 +47,7 @@ if TYPE_CHECKING:
     from ggufkit.llamacpp.batching import ContextOptions, ModelOptions
     from ggufkit.llamacpp.building import BuildReport
     from ggufkit.llamacpp.rpc import Offer
+    from ggufkit.llamacpp.toolchain import Converter, NativeBuild
     from ggufkit.ollama import Modelfile
     from ggufkit.quantize.inspect import Inspection
     from ggufkit.serve.api.options import ServeOptions
@@ -113,11 +118,18 @@ def convert(
     build = toolchain.find_build()
     store = Store(models_dir or settings.models_dir())
     fetch = fetch or FetchOptions()
-    source = _resolve(model, store, fetch, progress)
+    verify = _checked(verify)
     if not awq and (awq_options or AwqOptions()) != AwqOptions():
         raise UsageError("the options of AWQ's search need AWQ", "Add --awq")
     if guard and not (awq or gptq):
         raise UsageError("--guard needs AWQ or GPTQ", "Add --awq or --rounding gptq")
+    started = _early_start(model, store, build, verify)
+    try:
+        source = _resolve(model, store, fetch, progress)
+    except BaseException:
+        if started:
+            started.close()
+        raise
     if isinstance(source, Path):
         if awq or gptq or imatrix == "auto":
             raise UsageError(
@@ -139,19 +151,20 @@ def convert(
         imatrix=imatrix,
         rounding=rounding,
         guard=guard,
-        verify=_checked(verify),
+        verify=verify,
+        converter=started,
     )
-    job.check_importance()
     scales: dict[str, Artifact] = {}
-    for type in filter(is_float, wanted if awq or gptq else ()):
-        name = "AWQ" if awq else "GPTQ"
-        progress.say(f"{type} rounds to floats: {name} has nothing to win, converted plainly")
-    if gptq:
-        job.require_known_blocks()
-    if awq:
-        scales = job.scales_for([t for t in wanted if not is_float(t)])
     results = []
     try:
+        job.check_importance()
+        for type in filter(is_float, wanted if awq or gptq else ()):
+            name = "AWQ" if awq else "GPTQ"
+            progress.say(f"{type} rounds to floats: {name} has nothing to win, converted plainly")
+        if gptq:
+            job.require_known_blocks()
+        if awq:
+            scales = job.scales_for([t for t in wanted if not is_float(t)])
         for type in wanted:
             made = job.make(type, scales.get(type))
             notes = (*source.notes, *made.manifest.facts.get("mended", ()))
@@ -161,9 +174,35 @@ def convert(
             notes += rounding_notes(made)
             results.append(_result_of(made, _place(store, made, out), notes))
     finally:
+        job.close()
         if not keep_intermediate:
             job.remove_intermediates()
     return results
+
+
+def _early_start(
+    model: str, store: "Store", build: "NativeBuild", verify: VerifyOptions
+) -> "Converter | None":
+    """Start what imports for seconds while the checkpoint is hashed, if it has to be.
+
+    A checkpoint whose digest is known was most likely converted before.
+    """
+    from ggufkit.checkpoint.index import checkpoint_files
+    from ggufkit.llamacpp import observing
+    from ggufkit.llamacpp.toolchain import Converter
+
+    path = Path(model).expanduser()
+    if not (path / "config.json").is_file():
+        return None
+    with suppress(GgufkitError, OSError):
+        if not store.knows(checkpoint_files(path)):
+            observing.warm_up()
+            if verify.enabled:
+                from ggufkit.verify import check
+
+                check.warm_up()
+            return Converter(build, store.log("convert"))
+    return None
 
 
 def awq(
@@ -655,8 +694,6 @@ def _model_files(
     store: "Store", models: Sequence[Path], results: "Results", progress: Progress
 ) -> list["ModelFile"]:
     """The files that results may belong to: those named, those kept here, those measured."""
-    from contextlib import suppress
-
     from ggufkit import library
     from ggufkit.errors import SourceError
     from ggufkit.evaluate import leaks
@@ -710,9 +747,12 @@ def verify(
         ToolError: if llama.cpp cannot open or run the file.
     """
     from ggufkit import library
+    from ggufkit.checkpoint.config import suspicious_keys
     from ggufkit.checkpoint.index import open_checkpoint
+    from ggufkit.checkpoint.prepare import prepare_checkpoint
     from ggufkit.llamacpp.gguf import read_gguf
     from ggufkit.llamacpp.metadata import warn_of_vocabulary
+    from ggufkit.llamacpp.toolchain import convert_checkpoint, find_build
     from ggufkit.store import Store
     from ggufkit.verify.check import Verifier, require_names, verify_opens_only
 
@@ -726,27 +766,49 @@ def verify(
         if not (origin and Path(origin, "config.json").is_file()):
             return verify_opens_only(gguf)
         against = origin
-    source = _resolve(against, Store(models_dir or settings.models_dir()), fetch, progress)
+    store = Store(models_dir or settings.models_dir())
+    source = _resolve(against, store, fetch, progress)
     if isinstance(source, Path):
         raise UsageError(
             f"{source.name} is a GGUF; a GGUF is compared with a checkpoint",
             "Two GGUFs are compared by: ggufkit compare",
         )
-    index = open_checkpoint(
+    opened = open_checkpoint(
         source.path,
         trust_remote_code=fetch.trust_remote_code,
         allow_pickle=fetch.allow_pickle,
     )
-    with (
-        Verifier(
-            index,
-            trust_remote_code=fetch.trust_remote_code,
-            stored=header.matrix_type,
-            allowed=names,
-        ) as verifier,
-        progress.task("comparing with the checkpoint"),
-    ):
-        return verifier.check(gguf)
+    with TemporaryDirectory(prefix="ggufkit-") as scratch, ExitStack() as stack:
+        prepared = prepare_checkpoint(opened, Path(scratch) / source.name)
+        verifier = stack.enter_context(
+            Verifier(
+                prepared.index,
+                original=source.path,
+                trust_remote_code=fetch.trust_remote_code,
+                stored=header.matrix_type,
+                allowed=names,
+            )
+        )
+
+        def suspects() -> Mapping[str, Json]:
+            report = Path(scratch) / "config.json"
+            convert_checkpoint(
+                find_build(),
+                prepared.path,
+                Path(scratch) / "vocabulary.gguf",
+                outtype="f16",
+                name=source.name,
+                vocab_only=True,
+                options=prepared.converter_options,
+                report=report,
+                log=store.log("convert"),
+            )
+            read = json.loads(report.read_bytes())
+            found: dict[str, Json] = suspicious_keys(read, prepared.index.config)
+            return found
+
+        stack.enter_context(progress.task("comparing with the checkpoint"))
+        return verifier.check(gguf, suspects)
 
 
 def _checked(verify: VerifyOptions | None) -> VerifyOptions:

@@ -93,15 +93,18 @@ def main() -> None:
     """Answer what comes on stdin, until it ends."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print must not be taken for an answer
+    # Threads that wait by spinning would take the cores of others at work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    unavailable = ""
+    try:
+        load_llama_cpp()  # while whoever asks is still busy otherwise
+    except GgufkitError as error:
+        unavailable = error.message
     for line in sys.stdin.buffer:
+        answer: dict[str, Json] = {"unavailable": unavailable}
         try:
-            load_llama_cpp()
-        except GgufkitError as error:
-            answers.write(json.dumps({"unavailable": error.message}).encode() + b"\n")
-            answers.flush()
-            continue
-        try:
-            answer = _observe(json.loads(line))
+            if not unavailable:
+                answer = _observe(json.loads(line))
         except GgufkitError as error:
             answer = {"error": error.message, "hint": error.hint}
         answers.write(json.dumps(answer).encode() + b"\n")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from ggufkit import settings
 from ggufkit.checkpoint.index import CheckpointIndex
+from ggufkit.checkpoint.numbers import whole_number
 from ggufkit.checkpoint.prepare import Prepared
 from ggufkit.errors import CheckpointError, ToolOutputError
 from ggufkit.llamacpp import toolchain
@@ -69,6 +70,7 @@ class PlannedTensor:
 Compare = Callable[[Path, Json], Json]
 """Compares a float GGUF with its checkpoint, given what the converter read of the config;
 facts for the manifest."""
+StartedConverter = Callable[[], toolchain.Converter | None]
 Verifying = Callable[[], AbstractContextManager[Compare]]
 
 
@@ -98,6 +100,7 @@ def convert(
     outtype: str | None = None,
     verifying: Verifying | None = None,
     verify: VerifyOptions | None = None,
+    converter: StartedConverter = lambda: None,
 ) -> Artifact:
     """Convert a checkpoint, as it is or with scales folded in, to a float GGUF.
 
@@ -115,6 +118,7 @@ def convert(
             with the checkpoint and returns facts for the manifest, or raises. None to
             see only that llama.cpp opens it.
         verify: what ``verifying`` was made with.
+        converter: gives one that waits for its task, if there is one.
     """
     suffix = "-awq" if scales else ""
     outtype = outtype or outtype_of(prepared.index)
@@ -134,6 +138,7 @@ def convert(
                 name=checkpoint.name,
                 options=prepared.converter_options,
                 report=report,
+                started=converter(),
                 log=store.log("convert"),
                 progress=progress,
             )
@@ -141,7 +146,8 @@ def convert(
                 # Not kept until publishing: disk is what a 7B model is short of.
                 shutil.rmtree(source.parent)
             read = json.loads(report.read_bytes())
-            verification = compare(out, read)
+            with store.hashing(out):
+                verification = compare(out, read)
         return {
             "peak_rss_nbytes": ran.peak_rss_nbytes,
             "mended": [*prepared.notes, *_filled_notes(read)],
@@ -196,6 +202,7 @@ def plan(
     *,
     imatrix: bool = False,
     meanwhile: Callable[[], object] | None = None,
+    converter: StartedConverter = lambda: None,
 ) -> dict[str, PlannedTensor]:
     """Ask llama-quantize which ggml type each tensor of a checkpoint will get.
 
@@ -203,6 +210,7 @@ def plan(
     and metadata but no data, so it costs no conversion. With an importance
     matrix llama-quantize mixes otherwise, whatever the matrix says.
 
+    ``converter`` gives one that waits for its task, if there is one.
     ``meanwhile`` is called beside the converter, a process of seconds, if that
     has to run; it is for what the caller will need anyway.
 
@@ -223,6 +231,7 @@ def plan(
                 name=checkpoint.name,
                 vocab_only=True,
                 options=prepared.converter_options,
+                started=converter(),
                 log=store.log("convert"),
                 progress=progress,
             )
@@ -294,7 +303,7 @@ def _gguf_names(vocab: Path, index: CheckpointIndex) -> dict[str, tuple[str, ...
     arch = next((a for a, name in MODEL_ARCH_NAMES.items() if name == architecture), None)
     if arch is None:
         raise CheckpointError(f"the gguf package does not know the architecture '{architecture}'")
-    blocks = int(index.config.get("num_hidden_layers") or index.config["n_layer"])
+    blocks = whole_number(index, "num_hidden_layers", "n_layer")
     names = get_tensor_name_map(arch, blocks)
     found: dict[str, tuple[str, ...]] = {}
     for name in index.tensors:
@@ -426,7 +435,8 @@ def quantize(
         gguf = source().absolute()
         covered = _covered(imatrix, run(dry_run=True), own=own_imatrix) if imatrix else None
         told = run()
-        check_opens(out)
+        with store.hashing(out):
+            check_opens(out)
         written = read_gguf(out, arrays=False)
         facts: dict[str, Json] = {
             **({} if verification is None else {"verification": verification()}),

@@ -4,6 +4,7 @@ Run as a module it answers one line of JSON for each that it reads, so that its
 imports and its memory are paid by a process of its own, beside the converter.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -29,8 +30,9 @@ def collect(request: Json, out: Path) -> dict[str, Json]:
     """Ask transformers.
 
     Args:
-        request: ``checkpoint`` (directory), ``trust_remote_code``, ``parameters``,
-            ``available_nbytes`` of memory, ``threads``.
+        request: ``checkpoint`` (directory), ``original`` (the same before anything was
+            mended), ``trust_remote_code``, ``parameters``, ``available_nbytes`` of
+            memory, ``threads``, ``stored`` (dtype of the GGUF's matrices), ``scratch``.
         out: a directory for the predictions.
 
     Returns:
@@ -46,6 +48,10 @@ def collect(request: Json, out: Path) -> dict[str, Json]:
         tokenizer = _load_tokenizer(path, trust)
         answer["tokenizer"] = _tokens(tokenizer)
     with _kept(answer, "conversations"):
+        if tokenizer is not None and request["original"] != request["checkpoint"]:
+            # Whether the right template was chosen is for the checkpoint as it was to say.
+            chooser = _load_tokenizer(Path(request["original"]), trust)
+            tokenizer.chat_template = chooser.chat_template
         answer["conversations"] = _conversations(tokenizer) if tokenizer is not None else []
     with _kept(answer, "predictions"):
         answer["predictions"] = _predictions(request, tokenizer, out)
@@ -340,6 +346,10 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what others print must not be taken for an answer
+    # Threads that wait by spinning would take the cores of the converter.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    for module in ("modeling_utils", "models.auto.modeling_auto", "models.auto.tokenization_auto"):
+        importlib.import_module(f"transformers.{module}")  # while whoever asks is still busy
     for line in sys.stdin.buffer:
         request = json.loads(line)
         answer = collect(request, Path(request["out"]))
