@@ -68,8 +68,6 @@ def found(native: NativeBuild, tmp_path_factory: pytest.TempPathFactory) -> dict
 def test_verdict(name: str, found: dict[str, dict]) -> None:
     row = found[name]
     assert row["as expected"] == "yes", f"{CHOSEN[name]}: {row}"
-    if RECIPES[name].expected is OK:
-        assert float(row["KL"]) < 1e-7
 
 
 def test_what_the_converter_and_transformers_know_has_a_recipe(native: NativeBuild) -> None:
