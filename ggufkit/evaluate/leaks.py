@@ -42,7 +42,7 @@ Texts that have nothing to do with each other share less than a thousandth; what
 quotes the same sources, such as two halves of one manual, a few hundredths. At a
 twentieth a leak weighs at most a twentieth in the mean over the text.
 """
-_VERSION = 1
+_VERSION = 2
 _MAX_HASHES = 1 << 22
 _BLOCK_CHARACTERS = 1 << 20
 # Where words are not spaced (Chinese, Japanese), each character counts as one.
@@ -301,11 +301,17 @@ def _blocks(path: Path) -> Iterator[str]:
                 yield line
 
 
+_NOT_SAID = ("role", "type")
+"""Fields of chats whose words stand between what is said, and are none of it."""
+
+
 def _strings(value: Json) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
+        if isinstance(value, dict):
+            value = [inner for key, inner in value.items() if key not in _NOT_SAID]
+        for inner in value:
             yield from _strings(inner)
 
 

@@ -6,6 +6,7 @@ afterwards, and when llama.cpp ends its process, the others go on.
 """
 
 import contextlib
+import io
 import json
 import math
 import multiprocessing
@@ -28,7 +29,7 @@ import torch
 from ggufkit import pipeline
 from ggufkit.errors import GgufkitError
 from ggufkit.library import manifest_of
-from ggufkit.llamacpp import toolchain
+from ggufkit.llamacpp import converter, toolchain
 from ggufkit.llamacpp.observing import UnusableGGUFError
 from ggufkit.llamacpp.toolchain import NativeBuild, ToolRun
 from ggufkit.values import FetchOptions, Json, VerifyOptions
@@ -36,10 +37,10 @@ from ggufkit.verify.values import NAMES
 from tests.architectures import vocabularies
 from tests.architectures.making import make
 from tests.architectures.recipes.shared import VOCAB
-from tests.architectures.row import OK, Kind, Verdict
+from tests.architectures.row import Kind, Verdict
 
 _TAIL_LINES = 40
-_ROUNDING = 1e-7
+_ROUNDING = 3e-7
 """Mean KL divergence in nats that no order of float32 sums exceeds here."""
 
 
@@ -88,6 +89,7 @@ def _answer(work: Callable[[], Any], writing: int, log: Path) -> None:
         with log.open("ab") as sink:
             os.dup2(sink.fileno(), 1)
             os.dup2(sink.fileno(), 2)
+        sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
         try:
             answer = pickle.dumps((True, work()))
         except Exception as error:
@@ -143,39 +145,43 @@ _start = toolchain.run
 
 
 def _run(argv: Sequence[str | Path], **options: Any) -> ToolRun:
-    """As ``toolchain.run``; but Python scripts run in a fork, which has imported it all."""
+    """As ``toolchain.run``; but the converter runs in a fork, which has imported it all."""
     spelled = [str(argument) for argument in argv]
-    if spelled[0] != sys.executable:
+    if spelled[1:2] != [converter.__file__]:
         return _start(argv, **options)
+    task = _read_task(options["stdin"], options["on_start"])
     log: Path = options["log"]
     log.parent.mkdir(parents=True, exist_ok=True)
     begin = log.stat().st_size if log.exists() else 0
     started = time.monotonic()
     try:
-        status = isolated(lambda: _python(spelled[1:], options.get("env") or {}), log)
+        status = isolated(lambda: _python(spelled[1:], options["env"], task), log)
     except EndedError as end:
         status = -int(signal.Signals[str(end)]) if str(end).startswith("SIG") else 1
     seconds = time.monotonic() - started
-    printed = log.read_bytes()[begin:].decode("utf-8", "replace")
-    if on_text := options.get("on_text"):
-        on_text(printed)
-    tail = tuple(printed.splitlines()[-_TAIL_LINES:])
-    return ToolRun(tuple(spelled), status, seconds, 0, tail)
+    printed = log.read_bytes()[begin:].decode("utf-8", "replace") if log.exists() else ""
+    options["on_text"](printed)
+    return ToolRun(tuple(spelled), status, seconds, 0, tuple(printed.splitlines()[-_TAIL_LINES:]))
 
 
-def _python(arguments: list[str], env: Mapping[str, str | None]) -> int:
-    """Exit status of ``python ARGUMENTS``."""
+def _read_task(stdin: int, on_start: Callable[[Callable[[], None]], None]) -> bytes:
+    """What the converter is sent: read before the fork, while other threads only wait."""
+    own = os.dup(stdin)
+    on_start(lambda: None)
+    with os.fdopen(own, "rb") as pipe:
+        return pipe.readline()
+
+
+def _python(arguments: list[str], env: Mapping[str, str | None], stdin: bytes) -> int:
+    """Exit status of ``python SCRIPT ARGUMENT...``."""
     for name, value in env.items():
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
+    sys.argv = arguments
+    sys.stdin = io.TextIOWrapper(io.BytesIO(stdin))
     try:
-        if arguments[0] == "-m":
-            sys.argv = arguments[1:]
-            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-        else:
-            sys.argv = arguments
-            runpy.run_path(arguments[0], run_name="__main__")
+        runpy.run_path(arguments[0], run_name="__main__")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
@@ -262,7 +268,7 @@ def _judged(name: str, facts: Json) -> Result:
     elif kl > _ROUNDING + figures["kl_rounding"]:
         verdict = Verdict(Kind.NEARLY, f"mean KL divergence {kl:.1e} nats")
     else:
-        verdict = OK
+        verdict = Verdict(Kind.OK)
     return Result(name, verdict, figures, warnings)
 
 

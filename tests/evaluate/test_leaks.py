@@ -94,6 +94,18 @@ def test_chats_are_read_for_what_they_say(tmp_path: Path) -> None:
     assert overlap(file(tmp_path / "text.txt", " ".join(said)), chats) == pytest.approx(1, abs=0.05)
 
 
+def test_short_turns_are_found_in_the_bare_text_of_chats(tmp_path: Path) -> None:
+    """Names of roles do not stand between turns in a text, so they do not in runs."""
+    turns = [
+        {"role": "user", "content": "Where do hedgehogs sleep in winter, and for how long?"},
+        {"role": "assistant", "content": [{"type": "text", "text": "Under leaves, for months."}]},
+    ]
+    chats = file(tmp_path / "chats.jsonl", json.dumps({"messages": turns * 3}) + "\n")
+    cache = tmp_path / "cache"
+    said = load_text(str(chats), column="messages", cache=cache)
+    assert overlap(said.path, load_calibration(str(chats), cache=cache).path) == 1
+
+
 def test_runs_go_on_from_block_to_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = prose(1).replace(". ", ".\n")
     whole = shared(tmp_path, text, prose(2) + text[5000:])
