@@ -314,7 +314,7 @@ def model(native: NativeBuild, scratch: Path) -> Path:
     log = scratch / "convert.log"
     ran = toolchain.convert_checkpoint(native, checkpoint, out, outtype="f32", name="Tiny", log=log)
     assert ran.peak_rss_nbytes > 0
-    assert "convert_hf_to_gguf.py" in log.read_text()
+    assert "converter.py" in log.read_text()
     return out
 
 
