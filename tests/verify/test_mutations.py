@@ -16,14 +16,15 @@ import numpy.typing as npt
 import pytest
 
 from ggufkit.checkpoint.index import open_checkpoint
-from ggufkit.llamacpp import toolchain
 from ggufkit.llamacpp.gguf import read_gguf
+from ggufkit.llamacpp.observing import UnusableGGUFError
 from ggufkit.llamacpp.toolchain import NativeBuild
 from ggufkit.values import GGUFFile
 from ggufkit.verify.check import Verifier
 from ggufkit.verify.values import Verification
 from tests.factory import ARCHITECTURES, make_checkpoint, write_demo_tokenizer
 from tests.test_factory import BLOCKS, CONVERTED
+from tests.verify.converting import convert_all
 from tests.verify.rewriting import rewrite
 
 WITH_BIAS = ("llama", "stablelm")
@@ -66,30 +67,33 @@ def byte_level(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return write_demo_tokenizer(demo_gguf, tmp_path_factory.mktemp("tokenizer"))
 
 
+@pytest.fixture(scope="module")
+def cases(
+    byte_level: Path, native: NativeBuild, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Case]:
+    place = tmp_path_factory.mktemp("cases")
+    pairs = {}
+    for arch in CONVERTED:
+        checkpoint = make_checkpoint(
+            place / arch / "checkpoint",
+            arch,
+            layers=BLOCKS.get(arch, 2),
+            hidden=64,
+            intermediate=128,
+            tokenizer=byte_level if ARCHITECTURES[arch].byte_level else None,
+            bias=arch in WITH_BIAS,
+        )
+        pairs[checkpoint] = place / arch / f"{arch}.gguf"
+    convert_all(native, pairs)
+    return {
+        gguf.stem: Case(gguf.stem, checkpoint, gguf, read_gguf(gguf), gguf.parent)
+        for checkpoint, gguf in pairs.items()
+    }
+
+
 @pytest.fixture(scope="module", params=CONVERTED)
-def case(
-    request: pytest.FixtureRequest,
-    byte_level: Path,
-    native: NativeBuild,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Case]:
-    arch = request.param
-    place = tmp_path_factory.mktemp(arch)
-    checkpoint = make_checkpoint(
-        place / arch,
-        arch,
-        layers=BLOCKS.get(arch, 2),
-        hidden=64,
-        intermediate=128,
-        tokenizer=byte_level if ARCHITECTURES[arch].byte_level else None,
-        bias=arch in WITH_BIAS,
-    )
-    gguf = place / f"{arch}.gguf"
-    toolchain.convert_checkpoint(
-        native, checkpoint, gguf, outtype="f32", name=arch, log=place / "log"
-    )
-    yield Case(arch, checkpoint, gguf, read_gguf(gguf), place)
-    shutil.rmtree(place)
+def case(request: pytest.FixtureRequest, cases: dict[str, Case]) -> Case:
+    return cases[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +220,11 @@ def test_mutated_ggufs_are_caught_by_name(case: Case, verifier: Verifier) -> Non
         if mutated is None:
             continue  # the family has no such thing
         tried += 1
-        found = names(verifier.check(mutated))
+        try:
+            found = names(verifier.check(mutated))
+        except UnusableGGUFError:
+            # Such as an output matrix where llama.cpp always takes the embedding.
+            continue
         if name not in found:
             wrong[what] = found
     assert not wrong
