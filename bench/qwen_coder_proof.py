@@ -3,7 +3,7 @@
 Four comparisons, each with something that was not used to make the checkpoint:
 token ids with llama.cpp's own tokenizer; metadata, vocabulary and each tensor
 with what the vendored converter makes of the checkpoint; and perplexity of that
-file with the GGUF's own BF16 and F32 forms, written by llama-quantize.
+file with the GGUF's own F16 and F32 forms, written by llama-quantize.
 """
 
 import sys
@@ -47,11 +47,11 @@ def prove(gguf: Path, checkpoint: Path, scratch: Path) -> None:
     """Print what was compared; end the process at the first difference."""
     build = toolchain.find_build()
     print(f"token ids: {compare_tokens(gguf, checkpoint):,} in {len(PROBE)} texts equal")
-    converted, own = scratch / "converted.gguf", scratch / "own-bf16.gguf"
+    converted, own = scratch / "converted.gguf", scratch / "own-f16.gguf"
     toolchain.convert_checkpoint(
-        build, checkpoint, converted, outtype="bf16", name="proof", log=scratch / "convert.log"
+        build, checkpoint, converted, outtype="f16", name="proof", log=scratch / "convert.log"
     )
-    requantize(build, gguf, own, "BF16")
+    requantize(build, gguf, own, "F16")
     print(f"metadata: {compare_metadata(gguf, converted)} keys equal")
     print(f"tensors: {compare_tensors(own, converted)} equal, bit for bit")
     print(f"in the checkpoint: {compare_vectors(gguf, checkpoint)} vectors equal in float32")
@@ -119,7 +119,7 @@ def same(one: ReaderTensor, other: ReaderTensor) -> bool:
 
 
 def compare_vectors(gguf: Path, checkpoint: Path) -> int:
-    """Norms and biases, which the GGUF has in F32: BF16 must have lost nothing."""
+    """Norms and biases, which the GGUF has in F32: F16 must have lost nothing."""
     index: CheckpointIndex = open_checkpoint(checkpoint)
     names = [n for n, t in index.tensors.items() if len(t.shape) == 1]
     vectors = [t for t in GGUFReader(gguf).tensors if len(t.shape) == 1]
@@ -145,8 +145,8 @@ def print_perplexity(
     measured = {}
     for name, path in (
         ("the GGUF, Q4_K_M", gguf),
-        ("the GGUF as BF16", own),
-        ("the checkpoint, converted to BF16", converted),
+        ("the GGUF as F16", own),
+        ("the checkpoint, converted to F16", converted),
     ):
         measured[path] = perplexity(build, path, text, scratch)
         print(f"  {name}: {measured[path]:.4f}", flush=True)

@@ -675,6 +675,7 @@ class Conversion:
 
         with Verifier(
             self.index,
+            original=self.checkpoint.path,
             trust_remote_code=self.fetch.trust_remote_code,
             stored=outtype.upper(),
             allowed=self.verify.allowed,
@@ -682,9 +683,10 @@ class Conversion:
             verifier.start()
 
             def compare(gguf: Path, read: Json) -> Json:
-                suspects = suspicious_keys(read, self.index.config)
                 with self.progress.task("comparing with the checkpoint"):
-                    verification = verifier.check(gguf, suspects)
+                    verification = verifier.check(
+                        gguf, lambda: suspicious_keys(read, self.index.config)
+                    )
                 verification.require_same()
                 return verification.facts
 

@@ -5,9 +5,11 @@ returns values; nothing here prints. Rooms are imported inside the functions,
 so that importing this module costs nothing.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from ggufkit import settings
@@ -24,6 +26,7 @@ from ggufkit.values import (
     DemoResult,
     EvalResult,
     FetchOptions,
+    Json,
     QuantizeResult,
     QuantRecipe,
     RoundingOptions,
@@ -744,9 +747,12 @@ def verify(
         ToolError: if llama.cpp cannot open or run the file.
     """
     from ggufkit import library
+    from ggufkit.checkpoint.config import suspicious_keys
     from ggufkit.checkpoint.index import open_checkpoint
+    from ggufkit.checkpoint.prepare import prepare_checkpoint
     from ggufkit.llamacpp.gguf import read_gguf
     from ggufkit.llamacpp.metadata import warn_of_vocabulary
+    from ggufkit.llamacpp.toolchain import convert_checkpoint, find_build
     from ggufkit.store import Store
     from ggufkit.verify.check import Verifier, require_names, verify_opens_only
 
@@ -760,27 +766,49 @@ def verify(
         if not (origin and Path(origin, "config.json").is_file()):
             return verify_opens_only(gguf)
         against = origin
-    source = _resolve(against, Store(models_dir or settings.models_dir()), fetch, progress)
+    store = Store(models_dir or settings.models_dir())
+    source = _resolve(against, store, fetch, progress)
     if isinstance(source, Path):
         raise UsageError(
             f"{source.name} is a GGUF; a GGUF is compared with a checkpoint",
             "Two GGUFs are compared by: ggufkit compare",
         )
-    index = open_checkpoint(
+    opened = open_checkpoint(
         source.path,
         trust_remote_code=fetch.trust_remote_code,
         allow_pickle=fetch.allow_pickle,
     )
-    with (
-        Verifier(
-            index,
-            trust_remote_code=fetch.trust_remote_code,
-            stored=header.matrix_type,
-            allowed=names,
-        ) as verifier,
-        progress.task("comparing with the checkpoint"),
-    ):
-        return verifier.check(gguf)
+    with TemporaryDirectory(prefix="ggufkit-") as scratch, ExitStack() as stack:
+        prepared = prepare_checkpoint(opened, Path(scratch) / source.name)
+        verifier = stack.enter_context(
+            Verifier(
+                prepared.index,
+                original=source.path,
+                trust_remote_code=fetch.trust_remote_code,
+                stored=header.matrix_type,
+                allowed=names,
+            )
+        )
+
+        def suspects() -> Mapping[str, Json]:
+            report = Path(scratch) / "config.json"
+            convert_checkpoint(
+                find_build(),
+                prepared.path,
+                Path(scratch) / "vocabulary.gguf",
+                outtype="f16",
+                name=source.name,
+                vocab_only=True,
+                options=prepared.converter_options,
+                report=report,
+                log=store.log("convert"),
+            )
+            read = json.loads(report.read_bytes())
+            found: dict[str, Json] = suspicious_keys(read, prepared.index.config)
+            return found
+
+        stack.enter_context(progress.task("comparing with the checkpoint"))
+        return verifier.check(gguf, suspects)
 
 
 def _checked(verify: VerifyOptions | None) -> VerifyOptions:

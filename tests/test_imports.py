@@ -25,7 +25,7 @@ FLOORS = (
     },
     {"texts"},
     {"llamacpp", "checkpoint", "store"},
-    {"values", "errors", "progress", "settings", "__init__"},
+    {"values", "errors", "foreign", "progress", "settings", "__init__"},
 )
 """From the roof down. A room may import rooms of lower floors only."""
 

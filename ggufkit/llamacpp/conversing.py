@@ -142,19 +142,11 @@ def find_template(metadata: Metadata, library: ModuleType, given: str | None) ->
         NoTemplateError: if the model has none and none is given.
         UsageError: if what is given is neither.
     """
-    named = metadata.named_templates
-    plain = partial(
-        ChatTemplate,
-        bos=metadata.special("bos"),
-        eos=metadata.special("eos"),
-        tokens=_tokens(metadata),
-    )
     if given is None:
-        if not metadata.chat_template:
-            raise _no_template(metadata)
-        return plain(metadata.chat_template, tool_use=named.get(TOOL_USE, ""))
-    if given in named:
-        return plain(named[given])
+        return model_template(metadata)
+    plain = _with_tokens(metadata)
+    if given in metadata.named_templates:
+        return plain(metadata.named_templates[given])
     names = builtin_templates(library)
     if given in names:
         return ChatTemplate(given, library)
@@ -165,6 +157,27 @@ def find_template(metadata: Metadata, library: ModuleType, given: str | None) ->
             f"'{given}' is neither a readable file nor a chat template of llama.cpp",
             f"Those are: {', '.join(names)}",
         ) from error
+
+
+def model_template(metadata: Metadata) -> ChatTemplate:
+    """The chat template that a GGUF has for plain conversations, and that for functions.
+
+    Raises:
+        NoTemplateError: if it has none for plain ones.
+    """
+    if not metadata.chat_template:
+        raise _no_template(metadata)
+    tool_use = metadata.named_templates.get(TOOL_USE, "")
+    return _with_tokens(metadata)(metadata.chat_template, tool_use=tool_use)
+
+
+def _with_tokens(metadata: Metadata) -> "partial[ChatTemplate]":
+    return partial(
+        ChatTemplate,
+        bos=metadata.special("bos"),
+        eos=metadata.special("eos"),
+        tokens=_tokens(metadata),
+    )
 
 
 def _no_template(metadata: Metadata) -> NoTemplateError:

@@ -140,19 +140,18 @@ def _observe(request: Json) -> dict[str, Json]:
 
 def _render(gguf: Path, conversations: Json) -> list[dict[str, Json]]:
     """Conversations by the GGUF's own template."""
-    from ggufkit.llamacpp.conversing import ChatTemplate
+    from ggufkit.llamacpp.conversing import model_template
     from ggufkit.llamacpp.gguf import read_gguf
     from ggufkit.llamacpp.metadata import Metadata
 
     metadata = Metadata(read_gguf(gguf))
-    template = ChatTemplate(
-        metadata.chat_template, bos=metadata.special("bos"), eos=metadata.special("eos")
-    )
     found: list[dict[str, Json]] = []
+    try:
+        template = model_template(metadata)
+    except GgufkitError as error:
+        return [{"refused": error.message} for _ in conversations]
     for conversation in conversations:
         try:
-            if not metadata.chat_template:
-                raise GgufkitError("the GGUF has no chat template")
             text = template.render(conversation["messages"], tools=conversation["tools"])
             found.append({"text": text})
         except GgufkitError as error:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ggufkit.checkpoint.chat_template import read_templates
 from ggufkit.checkpoint.index import CheckpointIndex
 from ggufkit.errors import CheckpointError, GgufkitError
+from ggufkit.foreign import foreign
 from ggufkit.llamacpp.conversing import ChatTemplate, checkpoint_template
 from ggufkit.llamacpp.template import TemplateError
 from ggufkit.progress import SILENT, Progress
@@ -55,7 +56,11 @@ class Sequences:
 def _tokenizer(index: CheckpointIndex, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(index.path, trust_remote_code=trust_remote_code)
+    with foreign(
+        f"transformers cannot load the tokenizer of {index.path}",
+        "Fetch tokenizer.json, tokenizer_config.json and tokenizer.model again",
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(index.path, trust_remote_code=trust_remote_code)
     # The warning about texts beyond the context does not apply: they are cut.
     tokenizer.model_max_length = int(1e30)
     return tokenizer

@@ -8,7 +8,7 @@ the converter is still writing.
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
@@ -17,6 +17,7 @@ from typing import Any, Self
 import numpy as np
 
 from ggufkit import settings
+from ggufkit.checkpoint.chat_template import TOKENIZER_CONFIG
 from ggufkit.checkpoint.index import CheckpointIndex
 from ggufkit.errors import IntegrityError, UsageError
 from ggufkit.llamacpp import host, observing
@@ -31,6 +32,8 @@ _REFERENCE = "ggufkit.verify.reference"
 _FLOATS = {"F32", "F16", "BF16", "F64"}
 _UNKNOWN_MEMORY = 8 << 30
 
+Suspects = Callable[[], Mapping[str, Any]]
+
 
 def warm_up() -> None:
     """Start the process that asks transformers, whose import takes seconds."""
@@ -41,7 +44,8 @@ class Verifier:
     """Compares GGUFs with one checkpoint. A context manager; leaving it ends what it started.
 
     Args:
-        index: the checkpoint.
+        index: the checkpoint, as it was prepared for the converter.
+        original: its directory before that, if it was.
         trust_remote_code: let transformers run the checkpoint's own code.
         stored: dtype of the GGUF's matrices, such as ``BF16``.
         allowed: names of differences that are no errors.
@@ -51,11 +55,14 @@ class Verifier:
         self,
         index: CheckpointIndex,
         *,
+        original: Path | None = None,
         trust_remote_code: bool = False,
         stored: str,
         allowed: Sequence[str] = (),
     ) -> None:
         self._index = index
+        mended = original and not (index.path / TOKENIZER_CONFIG).is_symlink()
+        self._original = original if original and mended else index.path
         self._allowed = tuple(sorted(set(allowed)))
         self._trust = trust_remote_code
         self._stored = stored
@@ -81,6 +88,7 @@ class Verifier:
         free = host.available_memory_nbytes() or host.total_memory_nbytes() or _UNKNOWN_MEMORY
         request = {
             "checkpoint": str(self._index.path.absolute()),
+            "original": str(self._original.absolute()),
             "trust_remote_code": self._trust,
             "parameters": self._index.parameters,
             "available_nbytes": free,
@@ -99,12 +107,13 @@ class Verifier:
         if self._trust:
             asked.kill()
 
-    def check(self, gguf: Path, suspects: Mapping[str, Any] | None = None) -> Verification:
+    def check(self, gguf: Path, suspects: Suspects = dict) -> Verification:
         """Compare a GGUF.
 
         Args:
             gguf: the file.
-            suspects: config keys that its conversion did not read, and their values.
+            suspects: gives config keys that the converter does not read, and their values;
+                asked if predictions differ.
 
         Raises:
             UnusableGGUFError: if llama.cpp cannot open or run it.
@@ -127,7 +136,7 @@ class Verifier:
             got,
             Metadata(header),
             Path(self._scratch.name),
-            suspects or {},
+            suspects,
             exact=exact,
         )
         return Verification(
@@ -163,7 +172,7 @@ def _compare(
     got: Json,
     metadata: Metadata,
     scratch: Path,
-    suspects: Mapping[str, Any],
+    suspects: Suspects,
     *,
     exact: bool,
 ) -> tuple[list[Mismatch], dict[str, float], list[str]]:
@@ -214,7 +223,7 @@ def _prompts(
 
 
 def _function(
-    predictions: Json, got: Json, scratch: Path, suspects: Mapping[str, Any]
+    predictions: Json, got: Json, scratch: Path, suspects: Suspects
 ) -> tuple[list[Mismatch], dict[str, float]]:
     if "finite" not in got:
         return [], {}

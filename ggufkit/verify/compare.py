@@ -1,7 +1,7 @@
 """Both answers side by side: what differs, by name and with an example."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -253,7 +253,7 @@ def function(
     rounded: npt.NDArray[np.float32] | None,
     got: npt.NDArray[np.float32],
     positions: Sequence[int],
-    suspects: Mapping[str, Any],
+    suspects: Callable[[], Mapping[str, Any]],
 ) -> tuple[list[Mismatch], dict[str, float]]:
     """Predictions of checkpoint and GGUF.
 
@@ -263,7 +263,7 @@ def function(
             rounds nothing there.
         got: the GGUF's.
         positions: where they were made.
-        suspects: config keys that the converter did not read, and their values.
+        suspects: gives config keys that the converter does not read, and their values.
 
     Returns:
         What differs, and the figures: ``kl_mean`` and ``kl_max`` of the GGUF from what
@@ -290,9 +290,9 @@ def function(
         f"predictions differ: mean KL divergence {found.mean():.2e} nats (at most "
         f"{mean_limit:.1e}), {found.max():.2e} after token {positions[worst] + 1}"
     )
-    if suspects:
+    if unread := suspects():
         message += "; the converter does not read " + ", ".join(
-            f"{key}={_value(value)}" for key, value in suspects.items()
+            f"{key}={_value(value)}" for key, value in unread.items()
         )
     return [Mismatch("function", True, message)], figures
 

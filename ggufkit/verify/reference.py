@@ -30,8 +30,9 @@ def collect(request: Json, out: Path) -> dict[str, Json]:
     """Ask transformers.
 
     Args:
-        request: ``checkpoint`` (directory), ``trust_remote_code``, ``parameters``,
-            ``available_nbytes`` of memory, ``threads``.
+        request: ``checkpoint`` (directory), ``original`` (the same before anything was
+            mended), ``trust_remote_code``, ``parameters``, ``available_nbytes`` of
+            memory, ``threads``, ``stored`` (dtype of the GGUF's matrices), ``scratch``.
         out: a directory for the predictions.
 
     Returns:
@@ -47,6 +48,10 @@ def collect(request: Json, out: Path) -> dict[str, Json]:
         tokenizer = _load_tokenizer(path, trust)
         answer["tokenizer"] = _tokens(tokenizer)
     with _kept(answer, "conversations"):
+        if tokenizer is not None and request["original"] != request["checkpoint"]:
+            # Whether the right template was chosen is for the checkpoint as it was to say.
+            chooser = _load_tokenizer(Path(request["original"]), trust)
+            tokenizer.chat_template = chooser.chat_template
         answer["conversations"] = _conversations(tokenizer) if tokenizer is not None else []
     with _kept(answer, "predictions"):
         answer["predictions"] = _predictions(request, tokenizer, out)

@@ -56,7 +56,7 @@ def _fields(result: Result) -> tuple[str, ...]:
     expected = RECIPES[result.name].expected
     return (
         result.name,
-        "yes" if expected.covers(result.verdict) else "NO",
+        "yes" if expected.met_by(result.verdict) else "NO",
         str(result.verdict),
         str(expected),
         *(

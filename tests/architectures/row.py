@@ -28,45 +28,59 @@ class Kind(enum.Enum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a conversion ended, or is expected to end.
+    """How a conversion ended.
 
     Attributes:
         kind: which of the ends.
-        detail: what verify says, or the reason; of an expected verdict, words that must
-            occur there.
-        because: of an expected verdict, what is known to differ: a key of the config.
+        detail: what verify says, or the reason.
     """
 
     kind: Kind
     detail: str = ""
-    because: str = ""
-
-    def covers(self, found: "Verdict") -> bool:
-        """Whether this, as an expectation, is met by what was found."""
-        return self.kind is found.kind and self.detail in found.detail
 
     def __str__(self) -> str:
-        parts = (self.kind.value, self.detail, self.because)
-        return ": ".join(part for part in parts if part)
+        return f"{self.kind.value}: {self.detail}" if self.detail else self.kind.value
 
 
-OK = Verdict(Kind.OK)
-UNUSABLE = Verdict(Kind.UNUSABLE)
+@dataclass(frozen=True)
+class Expected:
+    """How a conversion is to end.
+
+    Attributes:
+        kind: which of the ends.
+        says: words that the verdict's detail must have.
+        because: what is known to differ: a key of the config, mostly.
+    """
+
+    kind: Kind
+    says: tuple[str, ...] = ()
+    because: str = ""
+
+    def met_by(self, found: Verdict) -> bool:
+        """Whether this is what was found."""
+        return self.kind is found.kind and all(words in found.detail for words in self.says)
+
+    def __str__(self) -> str:
+        told = ", ".join(filter(None, (self.because, *self.says)))
+        return f"{self.kind.value}: {told}" if told else self.kind.value
 
 
-def differs(because: str) -> Verdict:
-    """The GGUF computes something else."""
-    return Verdict(Kind.DIFFERS, "function", because)
+OK = Expected(Kind.OK)
 
 
-def nearly(because: str) -> Verdict:
+def differs(because: str, *says: str) -> Expected:
+    """The GGUF computes something else, and verify refuses it."""
+    return Expected(Kind.DIFFERS, ("function", *says), because)
+
+
+def nearly(because: str) -> Expected:
     """The GGUF computes something else, by less than verify minds."""
-    return Verdict(Kind.NEARLY, because=because)
+    return Expected(Kind.NEARLY, because=because)
 
 
-def refused(why: str) -> Verdict:
+def refused(why: str) -> Expected:
     """The converter, or what is done before it, gives up; ``why`` occurs in the reason."""
-    return Verdict(Kind.REFUSED, why)
+    return Expected(Kind.REFUSED, (why,))
 
 
 @dataclass(frozen=True)
@@ -86,7 +100,7 @@ class Row:
         factory: the row of ``tests.factory`` that makes it instead; ``config`` then
             holds options of ``make_checkpoint``.
         of: the row that this one is a variant of; config and steps are added to its own.
-        expected: the verdict.
+        expected: how its conversion is to end.
     """
 
     name: str = ""
@@ -97,7 +111,7 @@ class Row:
     top: Config = field(default_factory=dict)
     factory: str = ""
     of: str = ""
-    expected: Verdict = OK
+    expected: Expected = OK
 
     @property
     def class_name(self) -> str:

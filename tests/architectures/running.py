@@ -36,7 +36,7 @@ from ggufkit.verify.values import NAMES
 from tests.architectures import vocabularies
 from tests.architectures.making import make
 from tests.architectures.recipes.shared import VOCAB
-from tests.architectures.row import OK, Kind, Verdict
+from tests.architectures.row import Kind, Verdict
 
 _TAIL_LINES = 40
 _ROUNDING = 1e-7
@@ -88,6 +88,7 @@ def _answer(work: Callable[[], Any], writing: int, log: Path) -> None:
         with log.open("ab") as sink:
             os.dup2(sink.fileno(), 1)
             os.dup2(sink.fileno(), 2)
+        sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
         try:
             answer = pickle.dumps((True, work()))
         except Exception as error:
@@ -262,7 +263,7 @@ def _judged(name: str, facts: Json) -> Result:
     elif kl > _ROUNDING + figures["kl_rounding"]:
         verdict = Verdict(Kind.NEARLY, f"mean KL divergence {kl:.1e} nats")
     else:
-        verdict = OK
+        verdict = Verdict(Kind.OK)
     return Result(name, verdict, figures, warnings)
 
 

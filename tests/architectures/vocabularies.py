@@ -12,7 +12,7 @@ SENTENCEPIECE: dict[str, tuple[bool, tuple[str, ...]]] = {
     "images": (True, (_END, *factory.IMAGE_CONTROL)),
 }
 """Whether a space is put before a text, and control tokens."""
-BYTE_LEVEL = {"bpe": "gpt-2", "qwen2": "qwen2"}
+BYTE_LEVEL = {"bpe": "gpt-2", "qwen2": "qwen2", "qwen35": "qwen35"}
 """How llama.cpp names the rule by which text is split."""
 KINDS = (*BYTE_LEVEL, *SENTENCEPIECE)
 SPECIAL = (
@@ -39,10 +39,8 @@ Numbers 0, 1 and 2 are padding, BOS and EOS.
 """
 RULE = "llama_cpp_pre_tokenizer"
 """Key of ``tokenizer_config.json`` for the rule; only the tests read it."""
-_QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_LETTERS = {"qwen2": r"\p{L}", "qwen35": r"\p{L}\p{M}"}
+"""What Qwen's rules take for letters; transformers splits so whatever the file says."""
 
 
 def write(kind: str, directory: Path, size: int) -> None:
@@ -87,11 +85,11 @@ def _byte_level(kind: str, size: int) -> str:
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = splitting.ByteLevel(add_prefix_space=False)
-    if kind == "qwen2":
+    if kind in _LETTERS:
         tokenizer.normalizer = normalizers.NFC()
         tokenizer.pre_tokenizer = splitting.Sequence(
             [
-                splitting.Split(Regex(_QWEN2_SPLIT), "isolated"),
+                splitting.Split(Regex(_qwen_split(_LETTERS[kind])), "isolated"),
                 splitting.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
@@ -105,3 +103,10 @@ def _byte_level(kind: str, size: int) -> str:
     tokenizer.train_from_iterator([topics[name][:2000] for name in sorted(topics)], trainer)
     tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     return tokenizer.to_str()
+
+
+def _qwen_split(letters: str) -> str:
+    return (
+        rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?[{letters}]+|\p{{N}}"
+        rf"| ?[^\s{letters}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )

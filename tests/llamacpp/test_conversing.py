@@ -17,6 +17,7 @@ from ggufkit.llamacpp.conversing import (
     NoTemplateError,
     checkpoint_template,
     find_template,
+    model_template,
 )
 from ggufkit.llamacpp.metadata import Metadata
 from ggufkit.llamacpp.pin import read_pin
@@ -456,3 +457,12 @@ def test_a_checkpoint_without_a_default_is_an_error_by_name() -> None:
         checkpoint_template(CheckpointTemplates("", {"chat": "x", "rag": "y"}), {}, name="model")
     with pytest.raises(CheckpointError, match="model has no chat template"):
         checkpoint_template(CheckpointTemplates(), {}, name="model")
+
+
+def test_a_model_s_own_template_needs_no_library() -> None:
+    keys: dict[str, Json] = {"chat_template": "plain", "chat_template.tool_use": "{{ tools[0] }}"}
+    made = model_template(gguf(**keys))
+    assert made.render([QUESTION]) == "plain"
+    assert "find_hedgehog" in made.render([QUESTION], tools=[TOOL])
+    with pytest.raises(NoTemplateError):
+        model_template(gguf())

@@ -42,6 +42,7 @@ def request(checkpoint: Path, scratch: Path, **own: object) -> dict[str, object]
     index = open_checkpoint(checkpoint)
     return {
         "checkpoint": str(checkpoint),
+        "original": str(checkpoint),
         "trust_remote_code": False,
         "parameters": index.parameters,
         "available_nbytes": 1 << 34,

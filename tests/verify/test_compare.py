@@ -133,10 +133,12 @@ def logits(seed: int = 0) -> np.ndarray:
 
 def test_float_noise_is_no_difference_and_another_function_is() -> None:
     exact = logits()
-    found, figures = compare.function(exact, None, exact + np.float32(1e-4), [0, 1, 2, 3], {})
+    found, figures = compare.function(exact, None, exact + np.float32(1e-4), [0, 1, 2, 3], dict)
     assert found == []
     assert figures["kl_mean"] < 1e-8
-    found, figures = compare.function(exact, None, logits(1), [4, 5, 6, 7], {"act": "relu2"})
+    found, figures = compare.function(
+        exact, None, logits(1), [4, 5, 6, 7], lambda: {"act": "relu2"}
+    )
     assert names(found) == [("function", True)]
     assert "the converter does not read act=relu2" in found[0].message
     assert figures["kl_mean_limit"] == pytest.approx(1e-4)
@@ -146,7 +148,7 @@ def test_one_bad_position_is_enough() -> None:
     exact = np.repeat(logits(), 100, axis=0)
     got = exact.copy()
     got[7] = got[7][::-1]
-    found, _ = compare.function(exact, None, got, list(range(400)), {})
+    found, _ = compare.function(exact, None, got, list(range(400)), dict)
     assert found
     assert "after token 8" in found[0].message
 
@@ -154,7 +156,7 @@ def test_one_bad_position_is_enough() -> None:
 def test_what_ggml_rounds_is_rounded_on_both_sides() -> None:
     exact = logits()
     rounded = exact + np.random.default_rng(2).normal(size=exact.shape).astype(np.float32) * 0.03
-    found, figures = compare.function(exact, rounded, rounded, [0, 1, 2, 3], {})
+    found, figures = compare.function(exact, rounded, rounded, [0, 1, 2, 3], dict)
     assert found == []
     assert figures["kl_mean"] == pytest.approx(0, abs=1e-12)
     assert figures["kl_rounding"] > 1e-4
@@ -164,14 +166,14 @@ def test_what_ggml_rounds_is_rounded_on_both_sides() -> None:
 def test_predictions_that_are_no_numbers_are_another_function() -> None:
     got = logits()
     got[1, 3] = np.nan
-    found, _ = compare.function(logits(), None, got, [0, 1, 2, 3], {})
+    found, _ = compare.function(logits(), None, got, [0, 1, 2, 3], dict)
     assert names(found) == [("function", True)]
 
 
 def test_a_padded_vocabulary_is_compared_on_the_common_tokens() -> None:
     exact = logits()
     padded = np.concatenate([exact, np.zeros((4, 14), np.float32)], axis=1)
-    assert compare.function(exact, None, padded, [0, 1, 2, 3], {})[0] == []
+    assert compare.function(exact, None, padded, [0, 1, 2, 3], dict)[0] == []
 
 
 @pytest.mark.parametrize(

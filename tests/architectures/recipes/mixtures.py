@@ -12,7 +12,6 @@ from tests.architectures.recipes.shared import (
     GRANITE_MOE,
     LOCAL,
     LONGROPE,
-    LOST_SCORING,
     LOUD,
     MIMO,
     MLA,
@@ -29,7 +28,7 @@ from tests.architectures.recipes.shared import (
     layers,
     rope,
 )
-from tests.architectures.row import UNUSABLE, Row, differs, refused
+from tests.architectures.row import Row, differs, nearly, refused
 from tests.architectures.steps import architecture, keys, rename, without
 
 MIXTURES = {
@@ -39,8 +38,9 @@ MIXTURES = {
         | layers("sf")
         | {"intermediate_size": 128}
         | rope(**YARN, factor=32.0, truncate=False),
-        expected=differs("truncate"),
+        expected=differs("truncate", "rope_parameters.truncate=False"),
     ),
+    # ggml rounds GELU; in experts verify does not follow it.
     "gemma4_moe": Row(
         "Gemma4",
         layers("sssssf")
@@ -55,6 +55,7 @@ MIXTURES = {
             "final_logit_softcapping": 30.0,
         },
         **GEMMA_SPM,
+        expected=nearly("gelu"),
     ),
     "gemma4_moe_uncapped": Row(
         of="gemma4_moe", config=UNCAPPED, steps=(LOUD,), expected=NOT_CAPPED
@@ -68,13 +69,12 @@ MIXTURES = {
         | rope(**LONGROPE, short_mscale=1.2, long_mscale=1.3),
         steps=(architecture("PhiMoEForCausalLM"),),
         **SPM,
-        expected=differs("router, norm"),
+        expected=differs("router, norm", "short_mscale=1.2"),
     ),
-    "deepseek_v3_built": Row("DeepseekV3", DEEPSEEK, expected=differs(LOST_SCORING)),
+    "deepseek_v3_built": Row("DeepseekV3", DEEPSEEK),
     "deepseek_v3_yarn": Row(
         of="deepseek_v3_built",
         config=rope(1e4, **YARN, factor=40.0),
-        expected=differs(LOST_SCORING),
     ),
     "deepseek_v3_yarn_pub": Row(of="deepseek_v3_yarn", steps=(NOAUX,)),
     "deepseek_v3_nextn": Row(
@@ -125,7 +125,7 @@ MIXTURES = {
             ),
         ),
         # It wants experts in FP4, as they were published.
-        expected=refused("Missing routed expert tensors"),
+        expected=refused("KeyError: 'Missing"),
     ),
     "glm4_moe": Row(
         "Glm4Moe",
@@ -133,9 +133,7 @@ MIXTURES = {
     ),
     "glm4_moe_pub": Row(of="glm4_moe", steps=(SIGMOID,)),
     "glm4_moe_nextn": Row(of="glm4_moe", config={"num_nextn_predict_layers": 1}),
-    "glm4_moe_lite": Row(
-        "Glm4MoeLite", MLA | ROUTED | dense_first(1), expected=differs(LOST_SCORING)
-    ),
+    "glm4_moe_lite": Row("Glm4MoeLite", MLA | ROUTED | dense_first(1)),
     "glm4_moe_lite_pub": Row(of="glm4_moe_lite", steps=(NOAUX, DENSE_LAYER)),
     "glm_moe_dsa": Row("GlmMoeDsa", DSA),
     "glm_moe_dsa_nextn": Row(of="glm_moe_dsa", steps=(keys(num_nextn_predict_layers=1),)),
@@ -178,7 +176,6 @@ MIXTURES = {
     "exaone_moe": Row(
         "ExaoneMoe",
         layers("sssf") | EXPERTS | dense_first(3) | {"first_k_dense_replace": 1},
-        expected=UNUSABLE,
     ),
     "exaone_moe_pub": Row(of="exaone_moe", steps=(SIGMOID,)),
     "hunyuan_moe": Row(
@@ -217,7 +214,6 @@ MIXTURES = {
             "route_scale": 2.5,
             "mup_enabled": True,
         },
-        expected=differs("route_norm"),
     ),
     "afmoe_pub": Row(of="afmoe", steps=(keys(route_norm=True, score_func="sigmoid"),)),
     "minimax_m2": Row(
@@ -225,7 +221,7 @@ MIXTURES = {
         LOCAL | {"intermediate_size": 64} | rope(5e6, partial_rotary_factor=0.5),
         steps=(keys(rotary_dim=16, scoring_func="sigmoid"),),
     ),
-    "dots1": Row("Dots1", ROUTED | {"num_key_value_heads": 4}, expected=UNUSABLE),
+    "dots1": Row("Dots1", ROUTED | {"num_key_value_heads": 4}),
     "dots1_pub": Row(of="dots1", steps=(SIGMOID,)),
     "dots3_note": Row(
         "Dots3Note",
@@ -260,7 +256,7 @@ MIXTURES = {
         "SolarOpen",
         ROUTED | {"first_k_dense_replace": 0} | rope(1e6, partial_rotary_factor=1.0),
     ),
-    "mimo_v2_flash": Row("MiMoV2Flash", MIMO, expected=refused("'swa_head_dim'")),
+    "mimo_v2_flash": Row("MiMoV2Flash", MIMO),
     "mimo_v2_flash_pub": Row(
         "MiMoV2Flash",
         MIMO
@@ -288,7 +284,6 @@ MIXTURES = {
             ),
             without("rope_parameters"),
         ),
-        expected=refused("'partial_rotary_factor'"),
     ),
     "laguna": Row(
         "Laguna",
