@@ -9,13 +9,14 @@ import hashlib
 import os
 import shutil
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Literal
 
 from ggufkit import settings
@@ -96,7 +97,6 @@ class Conversion:
     rounding: RoundingOptions = field(default_factory=RoundingOptions)
     guard: bool = False
     _intermediates: list[Artifact] = field(default_factory=list)
-    _scratch: TemporaryDirectory[str] | None = None
 
     @cached_property
     def prepared(self) -> Prepared:
@@ -110,8 +110,9 @@ class Conversion:
             trust_remote_code=self.fetch.trust_remote_code,
             allow_pickle=self.fetch.allow_pickle,
         )
-        self._scratch = TemporaryDirectory(prefix="ggufkit-")
-        return prepare_checkpoint(opened, Path(self._scratch.name) / self.checkpoint.name)
+        scratch = mkdtemp(prefix="ggufkit-")
+        weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
+        return prepare_checkpoint(opened, Path(scratch) / self.checkpoint.name)
 
     @property
     def index(self) -> CheckpointIndex:
