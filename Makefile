@@ -14,13 +14,13 @@ ARGS ?=
 bin := $(VENV)/bin
 stamp := $(VENV)/.installed
 fresh := $(VENV)/.fresh
-benches := bench-awq bench-compare bench-evaluation bench-gptq bench-serve bench-serve-load
+benches := bench-awq bench-compare bench-evaluation bench-gptq bench-qwen-coder bench-serve bench-serve-load
 
-.PHONY: help demo test venv native check format bench $(benches) clean
+.PHONY: help demo test test-architectures venv native check format bench $(benches) clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
-	@echo "further: make venv, native, check, format, bench, $(benches), clean"
+	@echo "further: make venv, native, test-architectures, check, format, bench, $(benches), clean"
 
 demo: native
 	$(bin)/ggufkit demo $(ARGS)
@@ -28,6 +28,10 @@ demo: native
 test: native
 	@$(bin)/python -m tests.browser
 	$(bin)/python -m pytest $(ARGS)
+
+# Of some 120 architectures; the tests try a dozen.
+test-architectures: native
+	$(bin)/python -m tests.architectures $(ARGS)
 
 venv: $(stamp)
 	@if [ -e $(fresh) ]; then rm -f $(fresh); else echo "reused $(VENV)"; fi

@@ -16,9 +16,9 @@ from pathlib import Path
 from bench.perplexity import perplexity, quality
 from bench.processes import GGUFKIT, checked, mib, printed
 from ggufkit import settings, sources
-from ggufkit.evaluate.texts import load_text
 from ggufkit.llamacpp import toolchain
 from ggufkit.llamacpp.toolchain import NativeBuild
+from ggufkit.texts.load import load_text
 from ggufkit.values import Checkpoint
 
 TYPES = ("q4_0", "q2_k", "q3_k_m", "iq4_xs", "q4_k_m", "q5_k_m")

@@ -17,10 +17,10 @@ from bench.perplexity import run_perplexity
 from bench.processes import GGUFKIT, checked, mib
 from ggufkit import pipeline, settings
 from ggufkit.evaluate.divergence import Meter
-from ggufkit.evaluate.texts import load_text
 from ggufkit.llamacpp import toolchain
 from ggufkit.llamacpp.scoring import Scorer
 from ggufkit.llamacpp.toolchain import NativeBuild, ToolRun
+from ggufkit.texts.load import load_text
 
 TYPES = ("q4_0", "q8_0", "q4_k_m")
 CONTEXT = 512

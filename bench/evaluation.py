@@ -12,9 +12,9 @@ from pathlib import Path
 
 from bench.perplexity import perplexity, quality
 from ggufkit import pipeline, settings
-from ggufkit.evaluate.texts import load_text
 from ggufkit.llamacpp import toolchain
 from ggufkit.llamacpp.toolchain import NativeBuild
+from ggufkit.texts.load import load_text
 from ggufkit.values import Difference
 
 TYPES = ("q8_0", "q6_k", "q5_k_m", "q5_0", "q4_k_m", "q4_1", "q4_0", "iq4_xs", "q3_k_m", "q2_k")

@@ -28,12 +28,12 @@ from bench.large import large_model
 from bench.processes import GGUFKIT, checked
 from bench.servers import Ask, Reply, Server
 from ggufkit import settings
-from ggufkit.evaluate.texts import load_text
 from ggufkit.llamacpp import toolchain
 from ggufkit.llamacpp.batching import BatchContext, ContextOptions, Model
 from ggufkit.llamacpp.sampling import SamplingParams
 from ggufkit.serve.engine import Engine, EngineOptions
 from ggufkit.serve.requests import Finish, Request
+from ggufkit.texts.load import load_text
 
 GREEDY = SamplingParams(temperature=0)
 CONTEXT = 1024

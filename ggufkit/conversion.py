@@ -7,11 +7,13 @@ uses this.
 import dataclasses
 import hashlib
 import os
+import re
 import shutil
 import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -20,17 +22,22 @@ from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Literal
 
 from ggufkit import settings
+from ggufkit.checkpoint.config import suspicious_keys
 from ggufkit.checkpoint.index import CheckpointIndex, open_checkpoint
 from ggufkit.checkpoint.prepare import Prepared, prepare_checkpoint
 from ggufkit.errors import CheckpointError
-from ggufkit.evaluate import leaks, perplexity, texts
-from ggufkit.llamacpp.toolchain import NativeBuild
+from ggufkit.evaluate import leaks, perplexity
+from ggufkit.llamacpp.observing import check_opens
+from ggufkit.llamacpp.toolchain import Converter, NativeBuild
 from ggufkit.progress import Progress
 from ggufkit.quantize import stages
+from ggufkit.quantize.coverage import check_against_checkpoint
+from ggufkit.quantize.imatrix import read_imatrix
 from ggufkit.quantize.stages import PlannedTensor
-from ggufkit.quantize.types import is_float, space_forecast
+from ggufkit.quantize.types import is_float, require_importance, space_forecast
 from ggufkit.scaling.families import Family, family_of
 from ggufkit.store import Store, canonical_json, require_space
+from ggufkit.texts import load as texts
 from ggufkit.values import (
     Artifact,
     AwqOptions,
@@ -42,6 +49,7 @@ from ggufkit.values import (
     QuantRecipe,
     RoundingOptions,
     Text,
+    VerifyOptions,
     to_json,
 )
 
@@ -53,12 +61,13 @@ if TYPE_CHECKING:
     from ggufkit.scaling.fold import Change
 
 IMPORTANCE = "importance.safetensors"
+_IN_BLOCK = re.compile(r"\.\d+\.")
 _FOLDED = "awq"
 """Directory of a folded checkpoint that holds its scales and how they were found."""
 _AWQ_VERSION = 5
 _IMATRIX_VERSION = 2
 _ROUND_VERSION = 3
-_REPLACE_VERSION = 2
+_REPLACE_VERSION = 3
 _REFINE_VERSION = 2
 _MORE_TO_REFINE = 4
 """How many times the text that rounding sees is learned from afterwards."""
@@ -83,6 +92,8 @@ class Conversion:
             one of the calibration text.
         rounding: how weights are rounded onto the grid of their type.
         guard: whether files made in a simpler way will be looked at too.
+        verify: how float GGUFs are compared with the checkpoint.
+        converter: llama.cpp's converter, if it was started already.
     """
 
     store: Store
@@ -96,6 +107,8 @@ class Conversion:
     imatrix: Path | Literal["auto"] | None = None
     rounding: RoundingOptions = field(default_factory=RoundingOptions)
     guard: bool = False
+    verify: VerifyOptions = field(default_factory=VerifyOptions)
+    converter: Converter | None = None
     _intermediates: list[Artifact] = field(default_factory=list)
 
     @cached_property
@@ -110,9 +123,9 @@ class Conversion:
             trust_remote_code=self.fetch.trust_remote_code,
             allow_pickle=self.fetch.allow_pickle,
         )
-        scratch = mkdtemp(prefix="ggufkit-")
+        scratch = Path(mkdtemp(prefix="ggufkit-"))
         weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
-        return prepare_checkpoint(opened, Path(scratch) / self.checkpoint.name)
+        return prepare_checkpoint(opened, scratch / self.checkpoint.name)
 
     @property
     def index(self) -> CheckpointIndex:
@@ -159,6 +172,24 @@ class Conversion:
         needed += space_forecast(self.index.parameters, self.types)
         require_space(self.store.root, needed, f"converting {self.checkpoint.name}")
 
+    def check_importance(self) -> None:
+        """Refuse a type that needs an importance matrix, and a matrix of another model.
+
+        Raises:
+            GgufkitError: before any work; what needs a GGUF to see is checked later.
+        """
+        if isinstance(self.imatrix, Path):
+            check_against_checkpoint(self.imatrix, read_imatrix(self.imatrix), self.index)
+        elif self.imatrix is None:
+            side = 0 if "GPT2LMHeadModel" in self.index.architectures else -1
+            columns = {
+                tensor.shape[side]
+                for name, tensor in self.index.tensors.items()
+                if len(tensor.shape) > 1 and _IN_BLOCK.search(name)
+            }
+            for type in self.types:
+                require_importance(type, columns)
+
     @cached_property
     def sequences(self) -> "Sequences":
         """The calibration text as token ids, with pieces of it held back."""
@@ -177,7 +208,11 @@ class Conversion:
         load_torch()
         trust = self.fetch.trust_remote_code
         documents, kind = read_documents(
-            self.calibration_text.path, self.index, trust_remote_code=trust
+            self.calibration_text.path,
+            self.index,
+            name=Path(self.calibration_text.name).name,
+            trust_remote_code=trust,
+            progress=self.progress,
         )
         cut = cut_sequences(
             documents,
@@ -220,6 +255,7 @@ class Conversion:
                 self.progress,
                 imatrix=self.imatrix is not None,
                 meanwhile=meanwhile,
+                converter=self._started_converter,
             )
             for type in types
         }
@@ -570,6 +606,9 @@ class Conversion:
             source=lambda: self._intermediate(scales),
             imatrix=imatrix,
             calibrated=to_json(self._calibrated(scales, imatrix)),
+            verify=self.verify,
+            verification=lambda: self._intermediates[-1].manifest.facts["verification"],
+            own_imatrix=self.imatrix == "auto",
             mended=self._mended,
             progress=self.progress,
         )
@@ -602,6 +641,7 @@ class Conversion:
             assert scales is not None
             self.fold_into(stages.scales_file(scales), directory)
 
+        outtype = (scales and (self.stored_dtype or "").lower()) or stages.outtype_of(self.index)
         made = stages.convert(
             self.store,
             self.build,
@@ -610,10 +650,47 @@ class Conversion:
             scales,
             fold if scales else None,
             self.progress,
-            outtype=(self.stored_dtype or "").lower() if scales else None,
+            outtype=outtype,
+            verifying=(lambda: self._verifying(outtype)) if self.verify.enabled else None,
+            verify=self.verify,
+            converter=self._started_converter,
         )
         self._intermediates.append(made)
         return made.file(".gguf")
+
+    def close(self) -> None:
+        """End a converter that got no task."""
+        if started := self._started_converter():
+            started.close()
+
+    def _started_converter(self) -> Converter | None:
+        """The converter that waits for a task; it takes one alone."""
+        started, self.converter = self.converter, None
+        return started
+
+    @contextmanager
+    def _verifying(self, outtype: str) -> Iterator[stages.Compare]:
+        """Ask transformers while the converter writes, then compare what it wrote."""
+        from ggufkit.verify.check import Verifier
+
+        with Verifier(
+            self.index,
+            original=self.checkpoint.path,
+            trust_remote_code=self.fetch.trust_remote_code,
+            stored=outtype.upper(),
+            allowed=self.verify.allowed,
+        ) as verifier:
+            verifier.start()
+
+            def compare(gguf: Path, read: Json) -> Json:
+                with self.progress.task("comparing with the checkpoint"):
+                    verification = verifier.check(
+                        gguf, lambda: suspicious_keys(read, self.index.config)
+                    )
+                verification.require_same()
+                return verification.facts
+
+            yield compare
 
     def make(self, type: str, scales: Artifact | None) -> Artifact:
         """The GGUF of one type, rounded as was asked for."""
@@ -649,6 +726,7 @@ class Conversion:
                 self._intermediates.append(stock)
             out = directory / f"{stem}-{type}.gguf"
             told = self._replace(type, scales, refined, stock, out)
+            check_opens(out)
             looked_at = leaks.Calibrated(
                 "GPTQ", self.calibration_text.name, self.calibration_text.digest
             )
@@ -681,6 +759,7 @@ class Conversion:
                 "rounding": self.rounding,
                 "calibration": self.calibration_text.name,
                 **self._calibration_options,
+                **self.verify.key,
             },
             tool={"llama.cpp": self.build.commit},
             work=work,

@@ -1,11 +1,12 @@
 """The Modelfile, Ollama's recipe for a model: a value, rendered and parsed.
 
-The grammar is that of Ollama's ``parser/parser.go``. Its quotes have no escape:
-a quoted text ends at the first line that ends with the closing quotes, so a few
-texts cannot be written at all. Rendering therefore reads each text back, and
-refuses what Ollama would read otherwise.
+The grammar is that of Ollama's ``parser/parser.go`` (read at its commit
+fb30760). Its quotes have no escape: a quoted text ends at the first line that
+ends with the closing quotes, so a few texts cannot be written at all. Rendering
+therefore reads each text back, and refuses what Ollama would read otherwise.
 """
 
+import codecs
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ggufkit.errors import UsageError
+from ggufkit.llamacpp.conversing import ChatTemplate
 from ggufkit.llamacpp.metadata import Metadata, split_count
-from ggufkit.llamacpp.template import Message, TemplateError, render
+from ggufkit.llamacpp.template import Message, TemplateError
 from ggufkit.progress import SILENT, Progress
 from ggufkit.values import GGUFFile, Json
 
@@ -24,10 +26,24 @@ memory for the whole context when it loads a model: 128k tokens of a model of
 eight billion parameters are 16 GiB."""
 
 ROLES = ("system", "user", "assistant")
-_TEXTS = ("template", "system")
-_LISTS = {"license": "license", "adapter": "adapters"}
-_UNKEPT = ("renderer", "parser", "requires", "draft")
+_TEXTS = ("template", "system", "renderer", "parser", "requires")
+"""Instructions of which Ollama keeps the last."""
+_LISTS = {"license": "license", "adapter": "adapters", "draft": "drafts", "from": "from"}
+_COMMANDS = frozenset({"parameter", "message", *_TEXTS, *_LISTS})
 _SPACE = " \t"
+_NEWLINE = "\r\n"
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+    (codecs.BOM_UTF8, "utf-8"),
+)
+_VERSION = re.compile(
+    r"v?(0|[1-9]\d*)(\.(0|[1-9]\d*)(\.(0|[1-9]\d*)"
+    r"(-(0|[1-9]\d*|\d*[A-Za-z-][\dA-Za-z-]*)(\.(0|[1-9]\d*|\d*[A-Za-z-][\dA-Za-z-]*))*)?"
+    r"(\+[\dA-Za-z-]+(\.[\dA-Za-z-]+)*)?)?)?",
+    re.ASCII,
+)
+"""What Ollama takes for REQUIRES: a semantic version, the last numbers optional."""
 _PARAMETERS = {
     "temperature": "temperature",
     "top_k": "top_k",
@@ -51,6 +67,12 @@ class Modelfile:
         adapters: paths of LoRA adapters.
         messages: role and content of an exchange to begin with.
         comments: lines to show at the top; no part of the value.
+        further_from: what further FROM lines name. Ollama takes the files of all of
+            them (a projector beside its model); of names, the last.
+        drafts: models that guess ahead for this one.
+        renderer: which of Ollama's own renderers makes prompts.
+        parser: which of Ollama's own parsers reads answers.
+        requires: the oldest version of Ollama that will do, such as ``0.14.0``.
     """
 
     from_: str
@@ -61,6 +83,11 @@ class Modelfile:
     adapters: tuple[str, ...] = ()
     messages: tuple[tuple[str, str], ...] = ()
     comments: tuple[str, ...] = field(default=(), compare=False)
+    further_from: tuple[str, ...] = ()
+    drafts: tuple[str, ...] = ()
+    renderer: str | None = None
+    parser: str | None = None
+    requires: str | None = None
 
     def render(self) -> str:
         """The file's text, which :func:`parse` and Ollama read back as this value.
@@ -73,15 +100,22 @@ class Modelfile:
         return "\n".join(lines) + "\n"
 
     def _instructions(self) -> Iterator[tuple[str, str]]:
-        yield "FROM", self.from_
+        for model in (self.from_, *self.further_from):
+            yield "FROM", model
+        for path in self.drafts:
+            yield "DRAFT", path
         for path in self.adapters:
             yield "ADAPTER", path
-        if self.template is not None:
-            yield "TEMPLATE", self.template
-        if self.system is not None:
-            yield "SYSTEM", self.system
+        if self.requires is not None and not _VERSION.fullmatch(self.requires):
+            raise UsageError(
+                f"REQUIRES names a version of Ollama, such as 0.14.0, not '{self.requires}'"
+            )
+        for head in _TEXTS:
+            if (text := getattr(self, head)) is not None:
+                yield head.upper(), text
         for name, value in self.parameters:
-            if not re.fullmatch(r"[A-Za-z0-9_]+", name):
+            # Ollama keeps instructions and parameters under one set of names.
+            if not re.fullmatch(r"[A-Za-z0-9_]+", name) or name in _SHADOWED:
                 raise UsageError(f"'{name}' cannot be the name of a parameter of a Modelfile")
             yield f"PARAMETER {name}", value
         for role, content in self.messages:
@@ -94,10 +128,11 @@ class Modelfile:
 
 def _quoted(head: str, value: str) -> str:
     """The first spelling of a value that is read back as that value."""
-    for spelled in (value, f'"""{value}"""', f'"{value}"'):
+    # A blank at the end of a line is easily lost, so nothing at all is quoted too.
+    for spelled in (value, f'"""{value}"""', f'"{value}"') if value else ('""',):
         # A line after it shows whether the value ends where it should.
         try:
-            if value and list(_commands(f"{head} {spelled}\nFROM x\n")) == [
+            if list(_commands(f"{head} {spelled}\nFROM x\n")) == [
                 (*_head_parts(head), value),
                 ("from", "", "x"),
             ]:
@@ -106,7 +141,7 @@ def _quoted(head: str, value: str) -> str:
             continue
     raise UsageError(
         f"a Modelfile cannot hold this {head}: {value[:60]!r}",
-        'It must not be empty, hold unprintable characters, or hold """ at a line\'s end',
+        'It must not hold unprintable characters, or """ at a line\'s end',
     )
 
 
@@ -115,61 +150,103 @@ def _head_parts(head: str) -> tuple[str, str]:
     return command.lower(), name
 
 
-def parse(text: str) -> Modelfile:
+_SHADOWED = {"model": "from", **{name: name for name in _COMMANDS - {"from", "parameter"}}}
+"""Names of parameters that Ollama takes for an instruction, and for which."""
+
+
+def parse(text: str | bytes) -> Modelfile:
     """Read a Modelfile as Ollama does; instructions in any case, comments left out.
 
+    Args:
+        text: its text, or its bytes: UTF-8, or what a byte order mark says
+            (UTF-16 of either order).
+
     Raises:
-        UsageError: if Ollama would not take it, or it has an instruction that
-            :class:`Modelfile` does not hold.
+        UsageError: if Ollama would not take it.
     """
     values: dict[str, str] = {}
     lists: dict[str, list[str]] = {name: [] for name in _LISTS.values()}
     parameters, messages = [], []
-    for command, name, value in _commands(text.removeprefix("\ufeff")):
+    for command, name, value in _commands(_decoded(text)):
         if command == "parameter":
             parameters.append((name, value))
         elif command == "message":
             messages.append((name, value))
         elif command in _LISTS:
             lists[_LISTS[command]].append(value)
-        elif command == "from" or command in _TEXTS:
-            values[command] = value
         else:
-            raise UsageError(f"the instruction {command.upper()} is not supported here")
-    if "from" not in values:
+            values[command] = value
+    if not lists["from"]:
         raise UsageError("a Modelfile needs a FROM line")
+    first, *further = lists["from"]
     return Modelfile(
-        from_=values["from"],
+        from_=first,
         template=values.get("template"),
         system=values.get("system"),
+        renderer=values.get("renderer"),
+        parser=values.get("parser"),
+        requires=values.get("requires"),
+        further_from=tuple(further),
         parameters=tuple(parameters),
         license=tuple(lists["license"]),
         adapters=tuple(lists["adapters"]),
+        drafts=tuple(lists["drafts"]),
         messages=tuple(messages),
     )
+
+
+def _decoded(text: str | bytes) -> str:
+    if isinstance(text, str):
+        return text.removeprefix("\ufeff")
+    for mark, encoding in _BYTE_ORDER_MARKS:
+        if text.startswith(mark):
+            return text.removeprefix(mark).decode(encoding, "replace")
+    return text.decode("utf-8", "replace")
 
 
 def _commands(text: str) -> Iterator[tuple[str, str, str]]:
     """Command in lower case, name of a parameter or role, value."""
     at = 0
     while (start := _skip_blank(text, at)) < len(text):
-        command, at = _word(text, start, str.isalpha)
-        command = command.lower()
-        known = {"from", "parameter", "message", *_TEXTS, *_LISTS, *_UNKEPT}
-        if command not in known or text[at : at + 1] not in (*_SPACE,):
-            line = text[:start].count("\n") + 1
+        # Whatever comes first belongs to the word; what cannot be printed is dropped.
+        letters, at = _word(text, start + 1, _is_letter)
+        command = ((text[start] if text[start].isprintable() else "") + letters).lower()
+        line = len(re.findall(r"\r\n|\r|\n", text[:start])) + 1
+        if command not in _COMMANDS:
             raise UsageError(f"line {line} of the Modelfile does not begin with an instruction")
-        at += 1
+        at = _after_space(text, at, f"line {line} of the Modelfile: {command.upper()}")
         name = ""
-        if command in ("parameter", "message"):
-            name, at = _word(text, at, lambda c: c == "_" or (c.isascii() and c.isalnum()))
-            if not name or text[at : at + 1] not in (*_SPACE,):
-                raise UsageError(f"{command.upper()} needs a name and a value")
-            if command == "message" and name not in ROLES:
-                raise UsageError(f"the role of a MESSAGE is one of {', '.join(ROLES)}")
-            at += 1
+        if command == "parameter":
+            name, at = _word(text, at, lambda c: c == "_" or _is_letter(c) or c in "0123456789")
+            if not name:
+                raise UsageError(f"line {line} of the Modelfile: PARAMETER needs a name")
+            at = _after_space(text, at, f"line {line} of the Modelfile: PARAMETER {name}")
+        elif command == "message":
+            name, at = _word(text, at, _is_letter)
+            if name not in ROLES:
+                raise UsageError(
+                    f"line {line} of the Modelfile: the role of a MESSAGE is one of "
+                    f"{', '.join(ROLES)}"
+                )
+            at = _after_space(text, at, f"line {line} of the Modelfile: MESSAGE {name}")
         value, at = _value(text, at, command)
-        yield command, name, value
+        yield _as_ollama_files_it(command, name, value)
+
+
+def _as_ollama_files_it(command: str, name: str, value: str) -> tuple[str, str, str]:
+    """A parameter named like an instruction is that instruction to Ollama."""
+    if command != "parameter" or name not in _SHADOWED:
+        return command, name, value
+    if name != "message":
+        return _SHADOWED[name], "", value
+    role, _, content = value.partition(": ")
+    if role not in ROLES:
+        raise UsageError(f"the role of a MESSAGE is one of {', '.join(ROLES)}")
+    return "message", role, content
+
+
+def _is_letter(character: str) -> bool:
+    return character.isascii() and character.isalpha()
 
 
 def _skip_blank(text: str, at: int) -> int:
@@ -186,15 +263,24 @@ def _word(text: str, at: int, belongs: Callable[[str], bool]) -> tuple[str, int]
     return text[at:end], end
 
 
+def _after_space(text: str, at: int, what: str) -> int:
+    """Where a value begins: after one blank, without which there is none."""
+    if text[at : at + 1] not in (*_SPACE,):
+        raise UsageError(f"{what} needs a blank and a value after it")
+    return at + 1
+
+
 def _value(text: str, at: int, command: str) -> tuple[str, int]:
-    """A value and where it ends: the first line's end at which its quotes are closed."""
-    if not text[at:].strip(_SPACE + "\r\n"):
-        raise UsageError(f"{command.upper()} has no value")
+    """A value and where it ends: the first line's end at which no quotes are open.
+
+    A value that is blank ends at its line.
+    """
     for end in re.finditer(r"[\r\n]|\Z", text[at:]):
-        read = "".join(c for c in text[at : at + end.start()] if c.isprintable() or c in "\t\r\n")
-        unquoted = _unquote(read.strip(_SPACE + "\r\n"))
-        # An empty value goes on in the next line: Ollama skips blanks before it.
-        if unquoted is not None and read.strip(_SPACE + "\r\n"):
+        read = "".join(
+            c for c in text[at : at + end.start()] if c.isprintable() or c in _SPACE + _NEWLINE
+        )
+        unquoted = _unquote(read.strip(_SPACE + _NEWLINE))
+        if unquoted is not None:
             return unquoted, at + end.start()
     raise UsageError(f"the quotes of {command.upper()} are never closed")
 
@@ -411,8 +497,10 @@ def shape_of(
     """
     from jinja2 import Undefined
 
+    rendered = ChatTemplate(template, bos=bos, eos=eos)
+
     def jinja(*messages: Message) -> str:
-        text = render(template, messages, bos=bos, eos=eos, strftime_now=Undefined())
+        text = rendered.render(messages, strftime_now=Undefined())
         return text if keep_bos or not bos else text.removeprefix(bos)
 
     def marked(role: str, number: int) -> Message:

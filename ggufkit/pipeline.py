@@ -5,12 +5,15 @@ returns values; nothing here prints. Rooms are imported inside the functions,
 so that importing this module costs nothing.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from ggufkit import settings
-from ggufkit.errors import IntegrityError, UsageError
+from ggufkit.errors import GgufkitError, IntegrityError, UsageError
 from ggufkit.progress import SILENT, Progress
 from ggufkit.values import (
     Artifact,
@@ -23,6 +26,7 @@ from ggufkit.values import (
     DemoResult,
     EvalResult,
     FetchOptions,
+    Json,
     QuantizeResult,
     QuantRecipe,
     RoundingOptions,
@@ -30,6 +34,7 @@ from ggufkit.values import (
     TaskDifference,
     TaskResult,
     Text,
+    VerifyOptions,
     to_json,
 )
 
@@ -42,6 +47,7 @@ if TYPE_CHECKING:
     from ggufkit.llamacpp.batching import ContextOptions, ModelOptions
     from ggufkit.llamacpp.building import BuildReport
     from ggufkit.llamacpp.rpc import Offer
+    from ggufkit.llamacpp.toolchain import Converter, NativeBuild
     from ggufkit.ollama import Modelfile
     from ggufkit.quantize.inspect import Inspection
     from ggufkit.serve.api.options import ServeOptions
@@ -51,6 +57,7 @@ if TYPE_CHECKING:
     from ggufkit.serve.hosting import Hosted
     from ggufkit.serve.model import Sampling
     from ggufkit.store import Store
+    from ggufkit.verify.values import Verification
 
 DEFAULT_TYPES = ("q4_k_m",)
 
@@ -67,6 +74,7 @@ def convert(
     out: Path | None = None,
     calibration: Calibration | None = None,
     keep_intermediate: bool = False,
+    verify: VerifyOptions | None = None,
     models_dir: Path | None = None,
     fetch: FetchOptions | None = None,
     progress: Progress = SILENT,
@@ -87,6 +95,8 @@ def convert(
         out: also put the files into this directory.
         calibration: what AWQ, rounding and the importance matrix look at.
         keep_intermediate: keep the float GGUF that the types are made from.
+        verify: how the float GGUF is compared with the checkpoint before anything is
+            published; see :func:`verify`.
         models_dir: the models directory.
         fetch: how the model is found and fetched.
         progress: who to tell.
@@ -108,11 +118,18 @@ def convert(
     build = toolchain.find_build()
     store = Store(models_dir or settings.models_dir())
     fetch = fetch or FetchOptions()
-    source = _resolve(model, store, fetch, progress)
+    verify = _checked(verify)
     if not awq and (awq_options or AwqOptions()) != AwqOptions():
         raise UsageError("the options of AWQ's search need AWQ", "Add --awq")
     if guard and not (awq or gptq):
         raise UsageError("--guard needs AWQ or GPTQ", "Add --awq or --rounding gptq")
+    started = _early_start(model, store, build, verify)
+    try:
+        source = _resolve(model, store, fetch, progress)
+    except BaseException:
+        if started:
+            started.close()
+        raise
     if isinstance(source, Path):
         if awq or gptq or imatrix == "auto":
             raise UsageError(
@@ -128,27 +145,26 @@ def convert(
             f"{imatrix} was made of the model before scales are folded in",
             "Use --imatrix auto, which makes one of the folded model",
         )
-    if isinstance(imatrix, Path) and not imatrix.is_file():
-        raise UsageError(
-            f"There is no importance matrix {imatrix}", "Name a file, or use --imatrix auto"
-        )
     job = Conversion(
         *(store, build, source, fetch, calibration or Calibration(), wanted, progress),
         awq=awq_options or AwqOptions(),
         imatrix=imatrix,
         rounding=rounding,
         guard=guard,
+        verify=verify,
+        converter=started,
     )
     scales: dict[str, Artifact] = {}
-    for type in filter(is_float, wanted if awq or gptq else ()):
-        name = "AWQ" if awq else "GPTQ"
-        progress.say(f"{type} rounds to floats: {name} has nothing to win, converted plainly")
-    if gptq:
-        job.require_known_blocks()
-    if awq:
-        scales = job.scales_for([t for t in wanted if not is_float(t)])
     results = []
     try:
+        job.check_importance()
+        for type in filter(is_float, wanted if awq or gptq else ()):
+            name = "AWQ" if awq else "GPTQ"
+            progress.say(f"{type} rounds to floats: {name} has nothing to win, converted plainly")
+        if gptq:
+            job.require_known_blocks()
+        if awq:
+            scales = job.scales_for([t for t in wanted if not is_float(t)])
         for type in wanted:
             made = job.make(type, scales.get(type))
             notes = (*source.notes, *made.manifest.facts.get("mended", ()))
@@ -158,9 +174,35 @@ def convert(
             notes += rounding_notes(made)
             results.append(_result_of(made, _place(store, made, out), notes))
     finally:
+        job.close()
         if not keep_intermediate:
             job.remove_intermediates()
     return results
+
+
+def _early_start(
+    model: str, store: "Store", build: "NativeBuild", verify: VerifyOptions
+) -> "Converter | None":
+    """Start what imports for seconds while the checkpoint is hashed, if it has to be.
+
+    A checkpoint whose digest is known was most likely converted before.
+    """
+    from ggufkit.checkpoint.index import checkpoint_files
+    from ggufkit.llamacpp import observing
+    from ggufkit.llamacpp.toolchain import Converter
+
+    path = Path(model).expanduser()
+    if not (path / "config.json").is_file():
+        return None
+    with suppress(GgufkitError, OSError):
+        if not store.knows(checkpoint_files(path)):
+            observing.warm_up()
+            if verify.enabled:
+                from ggufkit.verify import check
+
+                check.warm_up()
+            return Converter(build, store.log("convert"))
+    return None
 
 
 def awq(
@@ -264,15 +306,24 @@ def quantize(
     from ggufkit.evaluate import leaks
     from ggufkit.llamacpp import toolchain
     from ggufkit.llamacpp.gguf import read_gguf
+    from ggufkit.llamacpp.metadata import warn_of_vocabulary
     from ggufkit.quantize import stages
-    from ggufkit.quantize.types import parse_type, space_forecast, stem_of
+    from ggufkit.quantize.imatrix import read_imatrix
+    from ggufkit.quantize.types import parse_type, require_importance, space_forecast, stem_of
     from ggufkit.store import Store, require_space
 
     wanted = list(dict.fromkeys(parse_type(t) for t in types))
     header = read_gguf(gguf, arrays=False)
+    warn_of_vocabulary(header, progress)
     build = toolchain.find_build()
     store = Store(models_dir or settings.models_dir())
     stem = stem_of(gguf)
+    if imatrix:
+        read_imatrix(imatrix)
+    else:
+        maps = [t for t in header.tensors if len(t.shape) > 1 and t.name.startswith("blk.")]
+        for type in wanted:
+            require_importance(type, (t.shape[0] for t in maps))
     require_space(store.root, space_forecast(header.parameters, wanted), f"quantizing {gguf.name}")
     calibrated = leaks.calibrations_of(store, gguf, library.manifest_of(gguf))
     if imatrix:
@@ -335,13 +386,11 @@ def ppl(
     """
     from ggufkit.evaluate import perplexity
     from ggufkit.llamacpp import toolchain
-    from ggufkit.llamacpp.gguf import read_gguf
     from ggufkit.store import Store
 
     if context < 8 or (chunks is not None and chunks < 1):
         raise UsageError("a context needs at least 8 tokens, and at least 1 chunk")
-    for model in models:
-        read_gguf(model, arrays=False)  # a broken file is told before hours of work on others
+    _check_files(models, progress)  # a broken one is told before hours of work on others
     build = toolchain.find_build()
     store = Store(models_dir or settings.models_dir())
     specs = [text] if isinstance(text, str) else text
@@ -368,6 +417,15 @@ def ppl(
     return [found[part.digest, model] for part in read for model in models]
 
 
+def _check_files(models: Sequence[Path], progress: Progress) -> None:
+    """Read the headers of GGUFs, for errors and for what is to be known before work."""
+    from ggufkit.llamacpp.gguf import read_gguf
+    from ggufkit.llamacpp.metadata import warn_of_vocabulary
+
+    for model in dict.fromkeys(models):
+        warn_of_vocabulary(read_gguf(model, arrays=False), progress)
+
+
 def _texts(
     specs: Sequence[str],
     domains: Path | None,
@@ -378,7 +436,7 @@ def _texts(
 ) -> tuple[Text, ...]:
     """The texts that somebody names, and those in a directory of domains; none twice."""
     from ggufkit.evaluate.domains import check_length, load_domains
-    from ggufkit.evaluate.texts import load_text
+    from ggufkit.texts.load import load_text
 
     cache = settings.cache_dir()
     found = [
@@ -444,6 +502,7 @@ def bench(
         again=again,
         progress=progress,
     )
+    _check_files(models, progress)
     for model in models:
         speed.settings(model)  # what cannot be measured is told before time is spent on others
     return [result for model in models for result in speed.measure(model)]
@@ -501,6 +560,7 @@ def compare(
         raise UsageError(f"a confidence lies between 0 and 1, and {confidence} does not")
     if not models:
         raise UsageError("there is no model to compare with the reference", "Name one or more")
+    _check_files((reference, *models), progress)
     store = Store(models_dir or settings.models_dir())
     setting = comparison.Setting(context, chunks, gpu_layers, confidence, seed, reference_cache)
     comparer = comparison.Comparer(
@@ -540,11 +600,9 @@ def task(
     from ggufkit.evaluate import tasks
     from ggufkit.evaluate.questions import choose, read_questions
     from ggufkit.llamacpp import toolchain
-    from ggufkit.llamacpp.gguf import read_gguf
     from ggufkit.store import Store
 
-    for model in models:
-        read_gguf(model, arrays=False)  # a broken file is told before hours of work on others
+    _check_files(models, progress)  # a broken one is told before hours of work on others
     build = toolchain.find_build()
     store = Store(models_dir or settings.models_dir())
     data = read_questions(file, name, progress)
@@ -636,8 +694,6 @@ def _model_files(
     store: "Store", models: Sequence[Path], results: "Results", progress: Progress
 ) -> list["ModelFile"]:
     """The files that results may belong to: those named, those kept here, those measured."""
-    from contextlib import suppress
-
     from ggufkit import library
     from ggufkit.errors import SourceError
     from ggufkit.evaluate import leaks
@@ -664,6 +720,105 @@ def _model_files(
     return list(files.values())
 
 
+def verify(
+    gguf: Path,
+    *,
+    against: str | None = None,
+    allowed: Sequence[str] = (),
+    models_dir: Path | None = None,
+    fetch: FetchOptions | None = None,
+    progress: Progress = SILENT,
+) -> "Verification":
+    """Compare a GGUF with the checkpoint that it was made from.
+
+    Opened by llama.cpp; tokens, vocabulary and end tokens; the chat template; and, for a
+    float GGUF, the function: predictions of both within float rounding.
+
+    Args:
+        gguf: the file. Of a quantized one the distance is a figure and no error.
+        against: the checkpoint, as for :func:`convert`; None for the one that the file's
+            manifest names if it is there, else the file is only opened and run.
+        allowed: names of differences that are no errors.
+        models_dir: the models directory.
+        fetch: how the checkpoint is found and fetched.
+        progress: who to tell.
+
+    Raises:
+        ToolError: if llama.cpp cannot open or run the file.
+    """
+    from ggufkit import library
+    from ggufkit.checkpoint.config import suspicious_keys
+    from ggufkit.checkpoint.index import open_checkpoint
+    from ggufkit.checkpoint.prepare import prepare_checkpoint
+    from ggufkit.llamacpp.gguf import read_gguf
+    from ggufkit.llamacpp.metadata import warn_of_vocabulary
+    from ggufkit.llamacpp.toolchain import convert_checkpoint, find_build
+    from ggufkit.store import Store
+    from ggufkit.verify.check import Verifier, require_names, verify_opens_only
+
+    names = require_names(allowed)
+    fetch = fetch or FetchOptions()
+    header = read_gguf(gguf, arrays=False)
+    warn_of_vocabulary(header, progress)
+    if against is None:
+        manifest = library.manifest_of(gguf)
+        origin = str(manifest.facts.get("origin") or "") if manifest else ""
+        if not (origin and Path(origin, "config.json").is_file()):
+            return verify_opens_only(gguf)
+        against = origin
+    store = Store(models_dir or settings.models_dir())
+    source = _resolve(against, store, fetch, progress)
+    if isinstance(source, Path):
+        raise UsageError(
+            f"{source.name} is a GGUF; a GGUF is compared with a checkpoint",
+            "Two GGUFs are compared by: ggufkit compare",
+        )
+    opened = open_checkpoint(
+        source.path,
+        trust_remote_code=fetch.trust_remote_code,
+        allow_pickle=fetch.allow_pickle,
+    )
+    with TemporaryDirectory(prefix="ggufkit-") as scratch, ExitStack() as stack:
+        prepared = prepare_checkpoint(opened, Path(scratch) / source.name)
+        verifier = stack.enter_context(
+            Verifier(
+                prepared.index,
+                original=source.path,
+                trust_remote_code=fetch.trust_remote_code,
+                stored=header.matrix_type,
+                allowed=names,
+            )
+        )
+
+        def suspects() -> Mapping[str, Json]:
+            report = Path(scratch) / "config.json"
+            convert_checkpoint(
+                find_build(),
+                prepared.path,
+                Path(scratch) / "vocabulary.gguf",
+                outtype="f16",
+                name=source.name,
+                vocab_only=True,
+                options=prepared.converter_options,
+                report=report,
+                log=store.log("convert"),
+            )
+            read = json.loads(report.read_bytes())
+            found: dict[str, Json] = suspicious_keys(read, prepared.index.config)
+            return found
+
+        stack.enter_context(progress.task("comparing with the checkpoint"))
+        return verifier.check(gguf, suspects)
+
+
+def _checked(verify: VerifyOptions | None) -> VerifyOptions:
+    from ggufkit.verify.check import require_names
+
+    options = verify or VerifyOptions()
+    require_names(options.allowed)
+    return options
+
+
 def _resolve(
     model: str, store: "Store", fetch: FetchOptions, progress: Progress
 ) -> Checkpoint | Path:
@@ -682,8 +837,9 @@ def _resolve(
 
 def _result_of(artifact: Artifact, path: Path, notes: tuple[str, ...] = ()) -> QuantizeResult:
     from ggufkit.quantize.stages import result_of
+    from ggufkit.verify.values import notes_of
 
-    return result_of(artifact, path, notes)
+    return result_of(artifact, path, (*notes, *notes_of(artifact.manifest.facts)))
 
 
 def _place(store: "Store", artifact: Artifact, out: Path | None) -> Path:
@@ -731,8 +887,9 @@ def doctor(*, models_dir: Path | None = None) -> tuple["Finding", ...]:
     return examine(models_dir)
 
 
-def inspect(gguf: Path) -> "Inspection":
+def inspect(gguf: Path, *, progress: Progress = SILENT) -> "Inspection":
     """Look at a GGUF; see :func:`ggufkit.quantize.inspect.inspect`."""
+    _check_files([gguf], progress)
     from ggufkit import library
     from ggufkit.quantize.inspect import inspect as look
 
@@ -965,7 +1122,7 @@ def modelfile(
         progress=progress,
     )
     text = value.render()
-    if not force and target.exists() and target.read_text(encoding="utf-8") != text:
+    if not force and target.exists() and target.read_bytes() != text.encode():
         raise UsageError(
             f"{target} exists and says something else",
             "Replace it with --force, or name another file with -o",
@@ -997,15 +1154,19 @@ def describe_for_ollama(
 
     from ggufkit import library
     from ggufkit.llamacpp.gguf import read_gguf
+    from ggufkit.llamacpp.metadata import warn_of_vocabulary
     from ggufkit.ollama import modelfile_for
     from ggufkit.store import Store
 
     header = read_gguf(model)
+    warn_of_vocabulary(header, progress)
     config = library.generation_config(Store(models_dir or settings.models_dir()), model)
     try:
         generation = json.loads(config.read_text(encoding="utf-8")) if config else {}
     except ValueError as error:
         raise IntegrityError(f"{config} is not JSON: {error}") from error
+    if not isinstance(generation, dict):
+        raise IntegrityError(f"{config} does not hold a JSON object", "Fetch the file again")
     return modelfile_for(
         header,
         directory=directory,

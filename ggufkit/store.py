@@ -21,7 +21,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -123,12 +124,16 @@ class _DigestCache:
     def digest(self, path: Path, progress: Progress) -> FileDigest:
         stat = path.stat()
         stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-        known = self._known.get(str(path.absolute()))
-        if known and known[:3] == stamp:
-            return FileDigest(known[3], stat.st_size)
+        if self.knows(path):
+            return FileDigest(self._known[str(path.absolute())][3], stat.st_size)
         sha256 = _sha256(path, stat.st_size, progress)
         self._known[str(path.absolute())] = [*stamp, sha256]
         return FileDigest(sha256, stat.st_size)
+
+    def knows(self, path: Path) -> bool:
+        stat = path.stat()
+        known = self._known.get(str(path.absolute()))
+        return bool(known and known[:3] == [stat.st_size, stat.st_mtime_ns, stat.st_ino])
 
     def moved(self, old: Path, new: Path) -> None:
         prefix = f"{old.absolute()}{os.sep}"
@@ -173,6 +178,18 @@ class Store:
         if self.root.exists():
             self._digests.save()
         return found
+
+    def knows(self, paths: Iterable[Path]) -> bool:
+        """Whether asking for the digests of files costs no reading."""
+        return all(self._digests.knows(path) for path in paths)
+
+    @contextlib.contextmanager
+    def hashing(self, output: Path) -> Iterator[None]:
+        """Hash an output that is written to its end while it is being looked at otherwise."""
+        with ThreadPoolExecutor(1) as pool:
+            hashed = pool.submit(self._digests.digest, output, SILENT)
+            yield
+            hashed.result()
 
     def run(
         self,

@@ -5,6 +5,7 @@ turn into JSON with :func:`to_json`.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,6 +153,14 @@ class GGUFFile:
     def bits_per_weight(self) -> float:
         """Bits of tensor data per element, over all tensors."""
         return 8 * sum(t.nbytes for t in self.tensors) / max(1, self.parameters)
+
+    @property
+    def matrix_type(self) -> str:
+        """The type of most elements, such as ``BF16``; empty without tensors."""
+        counts: Counter[str] = Counter()
+        for tensor in self.tensors:
+            counts[tensor.type] += tensor.parameters
+        return counts.most_common(1)[0][0] if counts else ""
 
 
 GGML_ROUNDING = "ggml"
@@ -589,25 +598,46 @@ class FetchOptions:
     allow_pickle: bool = False
 
 
-CHAT_KEYS = ("messages", "conversations")
-"""What a row of a file of chats has: OpenAI's and ShareGPT's word for its turns."""
-PAIR_KEYS = (
-    ("question", "answer"),
-    ("instruction", "output"),
-    ("prompt", "completion"),
-    ("prompt", "response"),
-)
-"""What a row of a file of questions and answers has."""
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Whether a GGUF is compared with its checkpoint before it is published.
+
+    Attributes:
+        enabled: compare; else only see that llama.cpp opens what is published.
+        allowed: names of differences that are no errors.
+    """
+
+    enabled: bool = True
+    allowed: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> dict[str, Json]:
+        """What a stage's key has of it: nothing where nothing is left out."""
+        if not self.enabled:
+            return {"verify": False}
+        return {"allow_difference": sorted(self.allowed)} if self.allowed else {}
 
 
-def row_kind(row: Json) -> str:
-    """What a row of JSON lines is: one of ``chats``, ``pairs``, ``text``."""
-    if isinstance(row, dict):
-        if any(isinstance(row.get(key), list) for key in CHAT_KEYS):
-            return "chats"
-        if any(set(pair) <= row.keys() for pair in PAIR_KEYS):
-            return "pairs"
-    return "text"
+def verification_in_words(facts: Mapping[str, Json]) -> str:
+    """What a manifest's facts say of the comparison with the checkpoint, in one line.
+
+    Returns:
+        Empty where nothing is known, as for files of other origin.
+    """
+    found = facts.get("verification")
+    if not found:
+        return ""
+    if found == "skipped":
+        return "not compared with its checkpoint (--no-verify)"
+    figures, mismatches = found["figures"], found["mismatches"]
+    names = ", ".join(f"{m['name']} ({'allowed' if m['error'] else 'warning'})" for m in mismatches)
+    words = f"differs in {names}" if names else "same as the checkpoint"
+    if "kl_mean" in figures:
+        count = f"{figures['positions']:.0f} predictions"
+        words += f"; KL {figures['kl_mean']:.1e} on {count} of the float GGUF"
+    if found["not_compared"]:
+        words += f"; {len(found['not_compared'])} of 3 parts could not be compared"
+    return words
 
 
 @dataclass(frozen=True)

@@ -540,10 +540,10 @@ def write_demo_tokenizer(gguf: Path, directory: Path) -> Path:
     """Write the tokenizer of the demo model, which the converter knows; ``gguf`` is its GGUF."""
     from gguf import GGUFReader
 
-    from ggufkit.sources import demo
+    from ggufkit.checkpoint.from_gguf import write_tokenizer
 
     directory.mkdir(parents=True, exist_ok=True)
-    demo._write_tokenizer(GGUFReader(gguf), directory)
+    write_tokenizer(GGUFReader(gguf), directory)
     return directory
 
 

@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM
 from ggufkit import pipeline
 from ggufkit.checkpoint import open_checkpoint
 from ggufkit.evaluate import perplexity
-from ggufkit.evaluate.texts import load_text
 from ggufkit.library import manifest_of
 from ggufkit.llamacpp import toolchain
 from ggufkit.llamacpp.gguf import read_gguf
 from ggufkit.llamacpp.toolchain import NativeBuild
 from ggufkit.quantize.types import ALIASES, TYPES, parse_type, space_forecast, stem_of
 from ggufkit.store import Store
+from ggufkit.texts.load import load_text
 from ggufkit.values import AwqOptions, Calibration, EvalResult, QuantizeResult
 from tests.factory import make_checkpoint
 

@@ -20,12 +20,12 @@ from ggufkit import pipeline
 from ggufkit.conversion import ROUNDING_KEY, Conversion
 from ggufkit.errors import UsageError
 from ggufkit.evaluate import perplexity
-from ggufkit.evaluate.texts import load_text
 from ggufkit.library import manifest_of
 from ggufkit.llamacpp.gguf import read_gguf, write_replaced
 from ggufkit.llamacpp.packing import format_of
 from ggufkit.llamacpp.toolchain import NativeBuild
 from ggufkit.store import Store
+from ggufkit.texts.load import load_text
 from ggufkit.values import (
     Artifact,
     Calibration,

@@ -64,7 +64,7 @@ _MEASURES = {
     "reference from then on. Divergences are then lower bounds.",
 )
 @leak_option
-@click.option("--column", help="Column of parquet, arrow or jsonl texts.")
+@click.option("--column", help="Column of parquet, arrow, jsonl or json texts.")
 @click.option(
     "--text-dir",
     type=click.Path(path_type=Path),

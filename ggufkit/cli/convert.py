@@ -10,9 +10,10 @@ from ggufkit.cli.options import (
     fetch_options,
     out_option,
     rounding_options,
+    verify_options,
 )
 from ggufkit.cli.session import Session, json_option, pass_session
-from ggufkit.values import AwqOptions, Calibration, FetchOptions, RoundingOptions
+from ggufkit.values import AwqOptions, Calibration, FetchOptions, RoundingOptions, VerifyOptions
 
 
 @click.command("convert")
@@ -39,6 +40,7 @@ from ggufkit.values import AwqOptions, Calibration, FetchOptions, RoundingOption
 )
 @calibration_options
 @click.option("--keep-intermediate", is_flag=True, help="Keep the float GGUF.")
+@verify_options
 @out_option
 @fetch_options
 @json_option
@@ -54,6 +56,7 @@ def command(
     guard: bool,
     calibration: Calibration,
     keep_intermediate: bool,
+    verify: VerifyOptions,
     out: Path | None,
     fetch: FetchOptions,
     as_json: bool,
@@ -77,6 +80,7 @@ def command(
         out=out,
         calibration=calibration,
         keep_intermediate=keep_intermediate,
+        verify=verify,
         models_dir=session.models_dir,
         fetch=fetch,
         progress=session.progress,

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ggufkit.cli.session import Session, json_option, nbytes_text, pass_session
+from ggufkit.values import verification_in_words
 
 if TYPE_CHECKING:
     from ggufkit.quantize.inspect import Inspection
@@ -29,7 +30,8 @@ def command(session: Session, gguf: str, tensors: bool, as_json: bool) -> None:
     """
     from ggufkit import pipeline
 
-    seen = pipeline.inspect(pipeline.find_model(gguf, session.models_dir))
+    path = pipeline.find_model(gguf, session.models_dir)
+    seen = pipeline.inspect(path, progress=session.progress)
     session.emit(as_json, seen, lambda: _print(session, seen, tensors))
 
 
@@ -127,4 +129,11 @@ def _facts(seen: "Inspection") -> list[tuple[str, str]]:
     tool = ", ".join(f"{name} {what}" for name, what in made.tool.items())
     inputs = ", ".join(f"{role} {str(what)[:12]}" for role, what in made.inputs.items() if what)
     origin = str(made.facts.get("origin") or "")
-    return [*facts, ("made by", how), ("with", tool), ("from", inputs), ("origin", origin)]
+    return [
+        *facts,
+        ("made by", how),
+        ("with", tool),
+        ("from", inputs),
+        ("origin", origin),
+        ("verified", verification_in_words(made.facts)),
+    ]

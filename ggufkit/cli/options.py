@@ -6,7 +6,13 @@ from typing import Any, TypeVar
 
 import click
 
-from ggufkit.values import AwqOptions, Calibration, FetchOptions, RoundingOptions
+from ggufkit.values import (
+    AwqOptions,
+    Calibration,
+    FetchOptions,
+    RoundingOptions,
+    VerifyOptions,
+)
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -88,7 +94,7 @@ def calibration_options(command: _Command) -> _Command:
             show_default=True,
             help="Tokens of each sequence.",
         ),
-        click.option("--column", help="Column of a parquet, arrow or jsonl text."),
+        click.option("--column", help="Column of text or chats in a file of rows."),
         click.option("--seed", type=int, help="Choose sequences by chance, not evenly."),
     )
 
@@ -164,6 +170,36 @@ def rounding_options(command: _Command) -> _Command:
             is_flag=True,
             help="After GPTQ, learn block scales on the divergence from the original (slow).",
         ),
+    )
+
+
+allow_difference_option = click.option(
+    "--allow-difference",
+    "allowed",
+    metavar="NAME",
+    multiple=True,
+    help="Let a difference of this name pass, with a note in the manifest; may be repeated.",
+)
+
+
+def verify_options(command: _Command) -> _Command:
+    """Options that say how a GGUF is compared with its checkpoint; the command gets ``verify``."""
+
+    def wrapped(*args: Any, **given: Any) -> Any:
+        verify = VerifyOptions(given.pop("verified"), tuple(given.pop("allowed")))
+        return command(*args, verify=verify, **given)
+
+    return decorate(
+        wrapped,
+        command,
+        click.option(
+            "--verify/--no-verify",
+            "verified",
+            default=True,
+            show_default=True,
+            help="Compare the float GGUF with the checkpoint before anything is published.",
+        ),
+        allow_difference_option,
     )
 
 

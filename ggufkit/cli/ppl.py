@@ -29,7 +29,7 @@ from ggufkit.cli.session import Session, json_option, pass_session
     "-ngl", "--gpu-layers", type=int, default=0, show_default=True, help="Layers on the GPU."
 )
 @leak_option
-@click.option("--column", help="Column of parquet, arrow or jsonl texts.")
+@click.option("--column", help="Column of parquet, arrow, jsonl or json texts.")
 @click.option(
     "--text-dir",
     type=click.Path(path_type=Path),
@@ -52,7 +52,7 @@ def command(
 ) -> None:
     """Measure perplexity with llama-perplexity.
 
-    TEXT is wikitext, or a UTF-8, parquet, arrow or jsonl file. Without MODEL
+    TEXT is wikitext, or a UTF-8, parquet, arrow, jsonl or json file. Without MODEL
     the newest GGUF of the models directory is measured.
     """
     from ggufkit import pipeline

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ggufkit.errors import GgufkitError, SourceError
-from ggufkit.evaluate.texts import CONTAINER_SUFFIXES, load_text
 from ggufkit.progress import SILENT, Progress
+from ggufkit.texts.files import CONTAINER_SUFFIXES
+from ggufkit.texts.load import load_text
 from ggufkit.values import Comparison, EvalResult, Text
 
 
@@ -26,7 +27,7 @@ def load_domains(
             that begin with a dot do not count.
         context: tokens per chunk, of which a text has to hold two.
         column: the column of files that have columns.
-        cache: as for :func:`~ggufkit.evaluate.texts.load_text`.
+        cache: as for :func:`~ggufkit.texts.load.load_text`.
         progress: who to tell.
 
     Raises:

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 
 from ggufkit.errors import GgufkitError, IntegrityError
 from ggufkit.evaluate.perplexity import name_in_store
-from ggufkit.evaluate.texts import BUILT_IN, load_calibration
 from ggufkit.llamacpp.gguf import read_gguf
 from ggufkit.progress import Progress
 from ggufkit.store import MANIFEST, Store, read_manifest
+from ggufkit.texts.load import BUILT_IN, load_calibration
 from ggufkit.values import Json, RunManifest, Text
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ Texts that have nothing to do with each other share less than a thousandth; what
 quotes the same sources, such as two halves of one manual, a few hundredths. At a
 twentieth a leak weighs at most a twentieth in the mean over the text.
 """
-_VERSION = 1
+_VERSION = 2
 _MAX_HASHES = 1 << 22
 _BLOCK_CHARACTERS = 1 << 20
 # Where words are not spaced (Chinese, Japanese), each character counts as one.
@@ -216,9 +216,18 @@ def find_calibration(record: Calibrated, cache: Path, progress: Progress) -> Pat
         text = load_calibration(record.name, cache=cache, progress=progress)
     except GgufkitError:
         return None
-    same = not record.digest or text.digest == record.digest
+    same = record.digest in ("", text.digest) or _is_digest_of(record)
     # A built-in text of another Python differs little; a file of this name may be anything.
     return text.path if same or record.name in BUILT_IN else None
+
+
+def _is_digest_of(record: Calibrated) -> bool:
+    """Whether a record has the digest of the file itself, as older ones of chats have."""
+    path = Path(record.name)
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == record.digest
 
 
 # --- how much two texts share ------------------------------------------------
@@ -292,11 +301,17 @@ def _blocks(path: Path) -> Iterator[str]:
                 yield line
 
 
+_NOT_SAID = ("role", "type")
+"""Fields of chats whose words stand between what is said, and are none of it."""
+
+
 def _strings(value: Json) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
+        if isinstance(value, dict):
+            value = [inner for key, inner in value.items() if key not in _NOT_SAID]
+        for inner in value:
             yield from _strings(inner)
 
 

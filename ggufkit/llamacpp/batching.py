@@ -27,7 +27,7 @@ from ggufkit.llamacpp.blocks import TYPE_NUMBERS
 from ggufkit.llamacpp.gguf import read_gguf
 from ggufkit.llamacpp.images import Projector, Seen
 from ggufkit.llamacpp.lanes import Lanes
-from ggufkit.llamacpp.metadata import Metadata, split_parts
+from ggufkit.llamacpp.metadata import Metadata, split_parts, warn_of_vocabulary
 from ggufkit.llamacpp.runtime import (
     ALL_LAYERS,
     DEFAULT_CONTEXT,
@@ -179,6 +179,7 @@ class Model:
         self.path = path
         self.metadata = Metadata(read_gguf(path))
         check_parts(self.metadata)
+        warn_of_vocabulary(self.metadata.gguf, progress)
         self.build = build or toolchain.find_build()
         self.library = load_llama_cpp(self.build)
         self._progress = progress

@@ -41,7 +41,7 @@ from ggufkit.errors import (
     ToolError,
     UsageError,
 )
-from ggufkit.llamacpp import host, output, toolchain
+from ggufkit.llamacpp import host, output, reasons, toolchain
 from ggufkit.llamacpp.pin import COMMIT_LENGTH, Pin, backends, native_dir, read_pin, recipe_digest
 from ggufkit.llamacpp.toolchain import BUILD_FILE, TOOLS, NativeBuild, ToolRun
 from ggufkit.progress import SILENT, Progress
@@ -473,7 +473,7 @@ def _cmake_error(ran: ToolRun, what: str, log: Path) -> ToolError:
     if ran.returncode < 0:
         return toolchain.explain_failure(ran, what, log)
     text = log.read_text(encoding="utf-8", errors="replace")
-    return toolchain.explain_failure(ran, what, log, output.build_error(text))
+    return toolchain.explain_failure(ran, what, log, reasons.build_error(text))
 
 
 def _collect(bin_dir: Path, tree: Path, partial: Path) -> None:
@@ -568,7 +568,7 @@ def binding_wheel(pin: Pin, progress: Progress = SILENT) -> Path:
             )
         if ran.returncode != 0:
             raise SourceError(
-                f"{pin.requirement} cannot be prepared: {output.essential_line(ran.tail)}",
+                f"{pin.requirement} cannot be prepared: {reasons.essential_line(ran.tail)}",
                 f"All that pip printed: {log}",
             )
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -586,6 +586,6 @@ def _install_error(ran: ToolRun, log: Path) -> GgufkitError:
             "Use a virtual environment: python3 -m venv .venv",
         )
     return ToolError(
-        f"llama-cpp-python cannot be installed: {output.essential_line(ran.tail)}",
+        f"llama-cpp-python cannot be installed: {reasons.essential_line(ran.tail)}",
         f"All that pip printed: {log}",
     )

@@ -12,7 +12,7 @@ from ggufkit.checkpoint.chat_template import TOOL_USE, CheckpointTemplates
 from ggufkit.errors import CheckpointError, UsageError
 from ggufkit.llamacpp.fitting import Fitting, text_of
 from ggufkit.llamacpp.metadata import Metadata
-from ggufkit.llamacpp.template import Message, RefusedError, TemplateError, render
+from ggufkit.llamacpp.template import Message, RefusedError, TemplateError, normalized, render
 
 
 class NoTemplateError(UsageError):
@@ -46,6 +46,7 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[Message],
+        /,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
@@ -77,7 +78,8 @@ class ChatTemplate:
             return _render_builtin(self.library, self.text, messages, add_generation_prompt)
         given = {"tools": tools, "add_generation_prompt": add_generation_prompt, **variables}
         text = self.tool_use if tools is not None and self.tool_use else self.text
-        fitted = (self._fitting_tool_use if text is not self.text else self._fitting).fit(messages)
+        fitting = self._fitting if text == self.text else self._fitting_tool_use
+        fitted = fitting.fit([normalized(message) for message in messages])
         try:
             return self._write(text, fitted, **given)
         except RefusedError:
@@ -88,7 +90,7 @@ class ChatTemplate:
                 raise
             return self._write(text, whole, **given)
 
-    def _write(self, text: str, messages: Sequence[Message], **given: Any) -> str:
+    def _write(self, text: str, messages: Sequence[Message], /, **given: Any) -> str:
         return render(text, messages, bos=self.bos, eos=self.eos, **{**self.tokens, **given})
 
     @cached_property
@@ -140,19 +142,11 @@ def find_template(metadata: Metadata, library: ModuleType, given: str | None) ->
         NoTemplateError: if the model has none and none is given.
         UsageError: if what is given is neither.
     """
-    named = metadata.named_templates
-    plain = partial(
-        ChatTemplate,
-        bos=metadata.special("bos"),
-        eos=metadata.special("eos"),
-        tokens=_tokens(metadata),
-    )
     if given is None:
-        if not metadata.chat_template:
-            raise _no_template(metadata)
-        return plain(metadata.chat_template, tool_use=named.get(TOOL_USE, ""))
-    if given in named:
-        return plain(named[given])
+        return model_template(metadata)
+    plain = _with_tokens(metadata)
+    if given in metadata.named_templates:
+        return plain(metadata.named_templates[given])
     names = builtin_templates(library)
     if given in names:
         return ChatTemplate(given, library)
@@ -163,6 +157,27 @@ def find_template(metadata: Metadata, library: ModuleType, given: str | None) ->
             f"'{given}' is neither a readable file nor a chat template of llama.cpp",
             f"Those are: {', '.join(names)}",
         ) from error
+
+
+def model_template(metadata: Metadata) -> ChatTemplate:
+    """The chat template that a GGUF has for plain conversations, and that for functions.
+
+    Raises:
+        NoTemplateError: if it has none for plain ones.
+    """
+    if not metadata.chat_template:
+        raise _no_template(metadata)
+    tool_use = metadata.named_templates.get(TOOL_USE, "")
+    return _with_tokens(metadata)(metadata.chat_template, tool_use=tool_use)
+
+
+def _with_tokens(metadata: Metadata) -> "partial[ChatTemplate]":
+    return partial(
+        ChatTemplate,
+        bos=metadata.special("bos"),
+        eos=metadata.special("eos"),
+        tokens=_tokens(metadata),
+    )
 
 
 def _no_template(metadata: Metadata) -> NoTemplateError:

@@ -1,8 +1,11 @@
 """Runs llama.cpp's converter on a checkpoint whose ``config.json`` counts as it is written.
 
-Run as a script: ``python converter.py TASK [ARGUMENT]...``. TASK is a JSON file:
+Run as a script: ``python converter.py SCRIPTS``, the directory of
+``convert_hf_to_gguf.py``, whose files stay as they are. What the converter imports takes
+seconds, so its task may come later: one line of JSON on stdin, or nothing if there is
+none after all. The task holds:
 
-- ``scripts``: directory of ``convert_hf_to_gguf.py``, whose files stay as they are;
+- ``argv``: the converter's arguments;
 - ``report``: where to write what was read of the config, or null;
 - ``no_mtp``: the files hold no layers for multi-token prediction;
 - ``end_tokens``: ids at which an answer ends, the first as the end of the text;
@@ -428,14 +431,19 @@ def _class_defaults(config: Any) -> dict[str, Any]:
         return {}
 
 
-def main(task: Path, argv: list[str]) -> None:
-    """Run the converter with ``argv``; see the module's description for ``task``."""
-    given = json.loads(task.read_bytes())
+def main(scripts: str) -> None:
+    """Import the converter, then run it once; see the module's description."""
     # This file's directory has modules called like packages that the converter needs.
-    sys.path[0] = given["scripts"]
-    sys.argv = ["convert_hf_to_gguf.py", *argv]
+    sys.path[0] = scripts
     tool: Any = importlib.import_module("convert_hf_to_gguf")
     base: Any = importlib.import_module("conversion.base")
+    line = sys.stdin.buffer.readline()
+    if line.endswith(b"\n"):
+        _run(tool, base, json.loads(line))
+
+
+def _run(tool: Any, base: Any, given: dict[str, Any]) -> None:
+    sys.argv = ["convert_hf_to_gguf.py", *given["argv"]]
     reading = Reading()
     _read_config_as_written(base, reading, given["no_mtp"])
     _show_other_tensors(tool.gguf, given["renamed"], given["dropped"])
@@ -459,4 +467,4 @@ def main(task: Path, argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(sys.argv[1])

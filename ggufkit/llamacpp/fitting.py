@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ggufkit.llamacpp.template import Message, TemplateError
@@ -61,7 +62,6 @@ class Fitting:
     def __init__(self, write: Write) -> None:
         self._write = write
         self._contents: dict[str, Forms] = {}
-        self._arguments: Forms | None = None
 
     def fit(self, messages: Sequence[Message]) -> list[Message]:
         """The conversation in the forms that the template takes.
@@ -75,21 +75,23 @@ class Fitting:
         return [self._fit_message(message) for message in messages]
 
     def _fit_message(self, message: Message) -> Message:
-        told = dict(message)
-        if (content := message.get("content")) is not None:
-            told["content"] = _content(content, self._of_content(str(message.get("role"))))
-        if calls := message.get("tool_calls"):
-            told["tool_calls"] = [self._fit_call(call) for call in calls]
-        return told
+        fitted = dict(message)
+        if content := message.get("content"):
+            role = str(message.get("role"))
+            fitted["content"] = _content(content, self._of_content(role))
+        if not (calls := message.get("tool_calls")):
+            return fitted
+        blank, forms = self._of_calls(message)
+        if not content:
+            fitted = {**{k: v for k, v in fitted.items() if k != "content"}, **blank}
+        return {**fitted, "tool_calls": [_fit_call(call, forms) for call in calls]}
 
-    def _fit_call(self, call: Any) -> Any:
-        function = call.get("function") if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or "arguments" not in function:
-            return call
-        if self._arguments is None:
-            self._arguments = self._find_arguments()
-        given = _arguments(function, self._arguments)
-        return {**call, "function": {**function, "arguments": given}}
+    def _of_calls(self, message: Message) -> tuple[Message, Forms]:
+        """What stands for a content that is not there, and the form of arguments."""
+        own = {"content": message["content"]} if "content" in message else {}
+        found = [(blank, forms) for blank, forms in self._calls if forms.known]
+        of_own = [(blank, forms) for blank, forms in found if blank == own]
+        return next(iter([*of_own, *found]), (own, Forms(text=True, structured=True)))
 
     # Trying.
 
@@ -118,43 +120,42 @@ class Fitting:
         """Messages before and after one of a role, so that templates take it."""
         if role == "user":
             return [], []
-        user: Message = {"role": "user", "content": _content("x", self._of_content("user"))}
         if role == "assistant":
-            return [user], [user]
+            return [self._user], [self._user]
         if role == "tool":
-            return [user, self._call(self._find_arguments())], []
-        return [], [user]
+            blank, forms = self._of_calls({"content": ""})
+            spelled = _ARGUMENTS if forms.structured else json.dumps(_ARGUMENTS)
+            return [self._user, _call(blank, spelled)], []
+        return [], [self._user]
 
-    def _call(self, forms: Forms) -> Message:
-        function = {"name": "probe", "arguments": dict(_ARGUMENTS)}
-        call = {"id": _ID, "type": "function", "function": function}
-        call["function"] = {**function, "arguments": _arguments(function, forms)}
-        return {"role": "assistant", "content": "", "tool_calls": [call]}
+    @property
+    def _user(self) -> Message:
+        return {"role": "user", "content": _content("x", self._of_content("user"))}
 
-    def _find_arguments(self) -> Forms:
-        if self._arguments is None:
-            spelled = json.dumps(_ARGUMENTS)
-            ((name, value),) = _ARGUMENTS.items()
-            of_object = self._try_call(Forms(text=False, structured=True))
-            self._arguments = Forms(
-                text=spelled in self._try_call(Forms(text=True, structured=False)),
-                structured=name in of_object
-                and value in of_object
-                and str(_ARGUMENTS) not in of_object,
+    @cached_property
+    def _calls(self) -> list[tuple[Message, Forms]]:
+        """In which forms arguments of calls are written, by what stands for no content.
+
+        Some templates write calls only where content is null, and fail where it is
+        not there; others fail where it is null.
+        """
+        spelled, printed = json.dumps(_ARGUMENTS), str(_ARGUMENTS)
+        ((name, value),) = _ARGUMENTS.items()
+
+        def forms(blank: Message) -> Forms:
+            as_object = self._try_call(blank, _ARGUMENTS)
+            return Forms(
+                text=spelled in self._try_call(blank, spelled),
+                structured=name in as_object and value in as_object and printed not in as_object,
             )
-        return self._arguments
 
-    def _try_call(self, forms: Forms) -> str:
-        user: Message = {"role": "user", "content": _content("x", self._of_content("user"))}
-        call = self._call(forms)
+        blanks: tuple[Message, ...] = ({}, {"content": None}, {"content": ""})
+        return [(blank, forms(blank)) for blank in blanks]
+
+    def _try_call(self, blank: Message, arguments: Any) -> str:
+        call = _call(blank, arguments)
         answer = {"role": "tool", "content": "x", "name": "probe", "tool_call_id": _ID}
-        tries = (
-            [user, call, answer],
-            [user, {**call, "content": None}, answer],
-            [user, call],
-            [user, {**call, "content": None}],
-        )
-        return next((text for messages in tries if (text := self._try(messages))), "")
+        return self._try([self._user, call, answer]) or self._try([self._user, call])
 
     def _try(self, messages: Sequence[Message]) -> str:
         """What it writes; with functions, for those that speak of calls only then."""
@@ -164,6 +165,19 @@ class Fitting:
             except TemplateError:
                 continue
         return ""
+
+
+def _call(blank: Message, arguments: Any) -> Message:
+    function = {"name": "probe", "arguments": arguments}
+    call = {"id": _ID, "type": "function", "function": function}
+    return {"role": "assistant", **blank, "tool_calls": [call]}
+
+
+def _fit_call(call: Any, forms: Forms) -> Any:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or "arguments" not in function:
+        return call
+    return {**call, "function": {**function, "arguments": _arguments(function, forms)}}
 
 
 def _extra(role: str) -> dict[str, str]:

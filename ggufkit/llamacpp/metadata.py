@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ggufkit.llamacpp.converter import STOP_TOKENS
+from ggufkit.progress import Progress
 from ggufkit.values import GGUFFile, Json
 
 SPECIAL_TOKENS = (
@@ -18,18 +19,16 @@ SPECIAL_TOKENS = (
 """Names of special tokens in ``tokenizer.ggml.NAME_token_id``; the format spells
 the separator this way."""
 
-_END_NAMES = (
+END_NAMES = (
     *("<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "<end_of_turn>", "<turn|>"),
-    *("<|end_of_text|>", "<|eom_id|>", "<EOT>", "_<EOT>", "<|return|>", "<|call|>"),
-    *(
-        "<|END_OF_TURN_TOKEN|>",
-        "<\uff5cend\u2581of\u2581sentence\uff5c>",
-        "<|end_of_turn|>",
-        "[EOT]",
-    ),
+    *("<|end_of_text|>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<eos>", "</s>"),
+    *("<|return|>", "<|call|>", "<|calls|>", "<|flush|>", "<|tool_response>"),
+    *("<end_of_utterance>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "[e~["),
 )
-"""Tokens that end an answer whatever the metadata says: llama.cpp finds most of
-them by their text too (``llama_vocab::impl::load``)."""
+"""Tokens that llama.cpp takes for the end of an answer by their text alone
+(``llama_vocab::impl::load``, src/llama-vocab.cpp)."""
+_FURTHER_END_NAMES = ("<|END_OF_TURN_TOKEN|>", "<|end_of_turn|>")
+"""Ends of turns (Command R, OpenChat) that it knows only where the file names them."""
 _PRE_WITH_BOS = (
     *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral"),
     *("midm-2.0", "lfm2", "jina-v5-nano", "tekken", "chameleon"),
@@ -106,13 +105,26 @@ class Metadata:
 
     @property
     def end_tokens(self) -> tuple[str, ...]:
-        """Tokens that end an answer: those set as such, and well-known ones."""
+        """Tokens that end an answer: those set as such, and well-known control tokens.
+
+        As in llama.cpp, ``<|end|>`` is none where ``<|return|>`` and ``<|call|>`` are
+        (gpt-oss ends its reasoning with it), nor where ``<|calls|>`` and ``<|flush|>``
+        are; ``</s>`` is none beside ``<|tool_response>`` or ``<|plamo:eos|>``. Those
+        that end an infill alone, such as ``<|file_sep|>``, are left out.
+        """
         own = [self.special(name) for name in ("eos", "eot", "eom")]
         own += [self.tokens[n] for n in sorted(self.stop_token_ids) if n < len(self.tokens)]
         kinds = self.get("tokenizer.ggml.token_type") or []
         control = {t for t, kind in zip(self.tokens, kinds, strict=False) if kind == _CONTROL}
-        known = [t for t in _END_NAMES if t in control]
-        return tuple(dict.fromkeys(t for t in (*own, *known) if t))
+        known = [t for t in (*END_NAMES, *_FURTHER_END_NAMES) if t in control]
+        ends = dict.fromkeys(t for t in (*own, *known) if t)
+        there = {name for name in END_NAMES if name in self.tokens}
+        calls = {"<|call|>", "<|calls|>"} & there
+        if calls and {"<|return|>", "<|flush|>"} & there:
+            ends.pop("<|end|>", None)
+        if "<|tool_response>" in there or "<|plamo:eos|>" in own:
+            ends.pop("</s>", None)
+        return tuple(ends)
 
     @property
     def chat_template(self) -> str:
@@ -137,10 +149,29 @@ class Metadata:
         return kind in ("llama", "bert") or pre in _PRE_WITH_BOS
 
     @property
+    def lacks_pre_tokenizer(self) -> bool:
+        """Whether a byte-level BPE does not say how text is split before merging.
+
+        llama.cpp then splits as GPT-2 did, which gives most models other tokens than
+        they were trained on. Converters of before May 2024 wrote such files.
+        """
+        return self.get("tokenizer.ggml.model") == "gpt2" and not self.get("tokenizer.ggml.pre")
+
+    @property
     def sampling(self) -> dict[str, float]:
         """Sampling parameters that the model recommends, by ggufkit's names."""
         given = {name: self.get(f"general.sampling.{key}") for name, key in _SAMPLING_KEYS.items()}
         return {name: value for name, value in given.items() if value is not None}
+
+
+def warn_of_vocabulary(gguf: GGUFFile, progress: Progress) -> None:
+    """Tell that a file's vocabulary is not whole, before something is made with it."""
+    if Metadata(gguf).lacks_pre_tokenizer:
+        progress.warn(
+            f"{gguf.path.name} has no pre-tokenizer (tokenizer.ggml.pre): llama.cpp splits text "
+            "as GPT-2 did, so tokens, perplexity and answers may be off; convert the checkpoint "
+            "again"
+        )
 
 
 def split_parts(gguf: GGUFFile) -> tuple[Path, ...]:

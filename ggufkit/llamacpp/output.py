@@ -52,6 +52,9 @@ class QuantizeOutput:
         bits_per_weight: of the result, as the tool says (two decimals).
         seconds: wall time.
         peak_rss_nbytes: peak resident memory of the tool.
+        without_importance: tensors that the importance matrix had nothing for, or
+            something of another size; none without a matrix, and none in a dry run,
+            which says nothing of them.
     """
 
     tensors: tuple[TensorPlan, ...]
@@ -62,6 +65,7 @@ class QuantizeOutput:
     bits_per_weight: float
     seconds: float
     peak_rss_nbytes: int
+    without_importance: tuple[str, ...] = ()
 
     def bits_per_weight_asked(self, written: GGUFFile) -> float:
         """Bits per weight if no tensor had fallen back.
@@ -133,7 +137,10 @@ _FALLBACK = re.compile(
 )
 _FALLBACK_COUNT = re.compile(r"WARNING: (\d+) of (\d+) tensor\(s\) required fallback")
 # Put into the middle of a tensor's line when the imatrix has nothing for it.
-_INTERJECTION = re.compile(r"\n====== [^\n]*\n")
+_INTERJECTION = re.compile(r"\n====== ([^\n]*)\n")
+_WITHOUT_IMPORTANCE = re.compile(
+    r"(?:did not find weights for|imatrix size \d+ is different from tensor size \d+ for) (\S+)$"
+)
 _QUANT_SIZE = re.compile(rf"quant size *= *{_NUMBER} MiB \(({_NUMBER}) BPW\)")
 
 
@@ -169,7 +176,11 @@ def parse_quantize(text: str, *, seconds: float, peak_rss_nbytes: int) -> Quanti
         raise ToolOutputError(
             f"llama-quantize counts {told_fallbacks} tensors that fell back, but named {len(got)}"
         )
+    remarks = [_WITHOUT_IMPORTANCE.search(remark) for remark in _INTERJECTION.findall(text)]
+    if None in remarks:
+        raise ToolOutputError("llama-quantize remarks something that cannot be read here")
     return QuantizeOutput(
+        without_importance=tuple(found[1] for found in remarks if found),
         tensors=tuple(tensors),
         fallbacks=dict(Counter(got.values())),
         fallback_tensors=got,
@@ -359,6 +370,21 @@ def quantize_problem(tail: Sequence[str]) -> Problem | None:
             "this type needs an importance matrix",
             "Make one with llama-imatrix and name it with --imatrix, or take a larger type",
         )
+    if found := re.search(
+        r"warning: (\S+) +- ncols +(\d+) not divisible by (\d+) .*"
+        r"no tensor type fallback is defined for type (\w+)",
+        text,
+    ):
+        return Problem(
+            f"tensor {found[1]} has rows of {found[2]}, which blocks of {found[3]} cannot fill, "
+            f"and no tensor type fallback is defined for type {found[4]}",
+            "Take another type, such as q4_0 or q2_k",
+        )
+    if "iostream error" in text:
+        return Problem(
+            "the result could not be written",
+            "Look whether the disk is full, and whether its directory may be written to",
+        )
     if found := re.search(r"requantizing from type (\w+) is disabled", text):
         return Problem(
             f"it is quantized already (to {found[1]})",
@@ -447,54 +473,3 @@ def parse_system_info(text: str) -> tuple[str, ...]:
         if "system_info:" in line and "CPU :" in line:
             return tuple(_CPU_FEATURE.findall(line.partition("CPU :")[2]))
     raise ToolOutputError("the tool printed no 'system_info: ... CPU : ...'")
-
-
-_STAMP = re.compile(r"^[\d.]+ [A-Z] ")
-_STAMPED_ERROR = re.compile(r"^[\d.]+ E .*(?:only \d+ tokens|failed|error|unable)")
-
-
-def says_error(tail: Sequence[str]) -> bool:
-    """Whether llama.cpp's logger got to say why the tool gave up."""
-    return any(_STAMPED_ERROR.match(line) for line in tail)
-
-
-_GIVEN_REASON = re.compile(r"(?:failed to quantize|error loading model|\bERROR): (.+)")
-_REASON = re.compile(
-    r"error|fail|invalid|cannot|unable|abort|exception|not found|no such|not supported"
-    r"|unknown|out of memory|GGML_ASSERT",
-    re.IGNORECASE,
-)
-
-
-def essential_line(tail: Sequence[str]) -> str:
-    """The line that says why a tool failed.
-
-    A Python traceback says it last; the C++ tools say it first and then that
-    they failed because of it.
-    """
-    lines = [_STAMP.sub("", line).strip() for line in tail]
-    lines = [line for line in lines if line and not line.startswith("warning: ")]
-    if not lines:
-        return "it did not say why"
-    if any(line.startswith("Traceback (most recent call last)") for line in lines):
-        return lines[-1]
-    for line in lines:
-        if found := _GIVEN_REASON.search(line):
-            return found[1]
-    return next((line for line in lines if _REASON.search(line)), lines[-1])
-
-
-_COMPILER_ERROR = re.compile(r"CMake Error|(?:fatal )?error: |^make.*\*\*\*|ninja: error")
-
-
-def build_error(text: str) -> str:
-    """The first error in what cmake, ninja and compilers printed.
-
-    CMake puts the reason on the lines after ``CMake Error at FILE:LINE``.
-    """
-    lines = [line.strip() for line in text.splitlines()]
-    for number, line in enumerate(lines):
-        if _COMPILER_ERROR.search(line):
-            rest = [x for x in lines[number + 1 :] if x] if line.startswith("CMake Error") else []
-            return " ".join([line, *rest[:1]])
-    return essential_line(lines[-40:])

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from ggufkit import settings
 from ggufkit.errors import GgufkitError, ToolError, UsageError
 from ggufkit.llamacpp import devices, toolchain
+from ggufkit.llamacpp.expressing import Expressing
 from ggufkit.llamacpp.ggml import load_library
 from ggufkit.llamacpp.gguf import read_gguf
 from ggufkit.llamacpp.metadata import Metadata
@@ -231,9 +232,14 @@ class Scorer:
 
         Special tokens spelled in the text are plain characters; a newline at the
         very end is not read; the BOS token comes first where the vocabulary wants it.
+
+        Raises:
+            UsageError: if it has characters that the vocabulary cannot express.
+            ToolError: if llama.cpp cannot tokenize it.
         """
         lib = self._library
         text = text.removesuffix(b"\n")
+        Expressing(lib, self._vocabulary).check(text, special=False)
         found = np.empty(len(text) + 2, np.int32)
         room = found.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
         asked = (self._vocabulary, text, len(text), room, len(found), True, False)

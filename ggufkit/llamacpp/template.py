@@ -33,6 +33,7 @@ class RefusedError(TemplateError):
 def render(
     template: str,
     messages: Sequence[Message],
+    /,
     *,
     bos: str = "",
     eos: str = "",
@@ -41,11 +42,9 @@ def render(
     add_generation_prompt: bool = True,
     **variables: Any,
 ) -> str:
-    """What a template writes for a conversation, as transformers calls it.
+    """What a template writes for a conversation, given just this.
 
-    Messages lose what is None, and reasoning is there under each of its names
-    (``apply_chat_template`` and ``render_jinja_template`` of transformers 5.23.0).
-    What fits the template is the caller's affair: see
+    What a template should be given is said by
     :meth:`ggufkit.llamacpp.conversing.ChatTemplate.render`.
 
     Args:
@@ -69,10 +68,10 @@ def render(
     names = {
         **{"bos_token": bos, "eos_token": eos, "tools": tools, "documents": documents},
         **{"add_generation_prompt": add_generation_prompt, **variables},
+        "messages": [dict(message) for message in messages],
     }
     try:
-        conversation = [_as_transformers_gives_it(message) for message in messages]
-        rendered: str = _compiled(template).render(messages=conversation, **names)
+        rendered: str = _compiled(template).render(names)
     except _RefusalError as error:
         raise RefusedError(f"the model's chat template refuses this: {error}") from error
     except (JinjaError, *_OF_PYTHON) as error:
@@ -91,7 +90,12 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 """What templates call what was thought before an answer; the first is the usual one."""
 
 
-def _as_transformers_gives_it(message: Message) -> dict[str, Any]:
+def normalized(message: Message) -> dict[str, Any]:
+    """A message as transformers gives it to templates.
+
+    It loses what is None, and reasoning is there under each of its names
+    (``apply_chat_template`` and ``render_jinja_template`` of transformers 5.23.0).
+    """
     told = {name: value for name, value in message.items() if value is not None}
     thought = next((told[name] for name in _REASONING if name in told), None)
     if thought is not None:

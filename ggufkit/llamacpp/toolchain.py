@@ -14,9 +14,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from concurrent.futures import Future
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from io import FileIO
@@ -26,7 +28,7 @@ from typing import IO, Any
 
 from ggufkit import settings
 from ggufkit.errors import GgufkitError, IntegrityError, SourceError, ToolError, ToolOutputError
-from ggufkit.llamacpp import converter, host, leash, output
+from ggufkit.llamacpp import converter, host, leash, output, reasons
 from ggufkit.llamacpp.output import PerplexityOutput, QuantizeOutput
 from ggufkit.llamacpp.pin import read_pin, recipe_digest
 from ggufkit.progress import SILENT, Progress, Task
@@ -238,6 +240,8 @@ def run(
     on_text: Callable[[str], None] | None = None,
     stderr_only: bool = False,
     serves: bool = False,
+    stdin: int = subprocess.DEVNULL,
+    on_start: Callable[[Callable[[], None]], None] | None = None,
     log: Path | None = None,
 ) -> ToolRun:
     """Run a program to its end, without a shell.
@@ -254,6 +258,8 @@ def run(
         stderr_only: leave stdout out of that, and put it into the log alone.
         serves: whether it has clients, and must not be ended by one that goes away
             while it is being answered.
+        stdin: a file descriptor that the program reads; nothing by default.
+        on_start: gets a function that ends the program, for another thread to call.
         log: a file that gets the command line and all output.
 
     Raises:
@@ -277,7 +283,7 @@ def run(
             [*leashed, *spelled[1:]],
             cwd=cwd,
             env={name: value for name, value in environment.items() if value is not None},
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=(sink or subprocess.DEVNULL) if stderr_only else subprocess.PIPE,
             stderr=subprocess.PIPE if stderr_only else subprocess.STDOUT,
             pass_fds=ends,
@@ -289,6 +295,8 @@ def run(
             with stream:
                 lifeline_end.close()
                 report_end.close()
+                if on_start:
+                    on_start(lifeline.close)
                 tail = _pump(stream, on_text, sink)
                 told = report.read()
         finally:
@@ -301,7 +309,7 @@ def run(
     )
 
 
-def start_worker(module: str) -> "subprocess.Popen[bytes]":
+def start_worker(module: str, errors: IO[bytes] | None = None) -> "subprocess.Popen[bytes]":
     """Start a module of this package as a process that is talked to.
 
     It must end when its stdin does, which is also when this process ends.
@@ -309,6 +317,7 @@ def start_worker(module: str) -> "subprocess.Popen[bytes]":
 
     Args:
         module: such as ``ggufkit.llamacpp.rendering``.
+        errors: a file that gets its stderr; None to drop it.
     """
     root = str(Path(__file__).parent.parent.parent)
     paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
@@ -317,7 +326,7 @@ def start_worker(module: str) -> "subprocess.Popen[bytes]":
         env={**os.environ, "PYTHONPATH": paths},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL if errors is None else errors,
         start_new_session=True,
     )
 
@@ -375,11 +384,13 @@ def explain_failure(ran: ToolRun, what: str, log: Path | None, line: str = "") -
     if ran.returncode < 0:
         name = signal.Signals(-ran.returncode).name
         hint = _SIGNAL_HINTS.get(name, "")
+        why = reasons.abort_reason(ran.tail)
         return ToolError(
-            f"{what} failed: {Path(ran.argv[0]).name} was ended by {name}",
+            f"{what} failed: {Path(ran.argv[0]).name} was ended by {name}"
+            + (f" ({why})" if why else ""),
             ". ".join(part for part in (hint, _log_hint(log)) if part),
         )
-    return ToolError(f"{what} failed: {line or output.essential_line(ran.tail)}", _log_hint(log))
+    return ToolError(f"{what} failed: {line or reasons.essential_line(ran.tail)}", _log_hint(log))
 
 
 # pip, by which everything is fetched.
@@ -471,8 +482,9 @@ def _download_error(requirement: str, sha256: str, ran: ToolRun, log: Path) -> G
             f"{requirement} hashes to {got[1]}, but {sha256} is expected",
             "The package index gives another file; do not use it",
         )
+    why = reasons.connection_problem(ran.tail) or reasons.essential_line(ran.tail)
     return SourceError(
-        f"{requirement} cannot be fetched: {output.essential_line(ran.tail)}",
+        f"{requirement} cannot be fetched: {why}",
         f"Look at the network, or at the index: {sys.executable} -m pip config list. "
         + _log_hint(log),
     )
@@ -565,6 +577,59 @@ _CONVERTER_ENV: dict[str, str | None] = {
 }
 
 
+class Converter:
+    """llama.cpp's converter, started before its task is known: it imports for seconds.
+
+    Args:
+        build: whose converter.
+        log: gets what it prints.
+    """
+
+    def __init__(self, build: NativeBuild, log: Path) -> None:
+        self.log = log
+        self._listener: Callable[[str], None] = lambda _: None
+        self._end: Callable[[], None] = lambda: None
+        self._ran: Future[ToolRun] = Future()
+        reading, self._writing = os.pipe()
+        self._thread = threading.Thread(target=self._run, args=(build, reading), daemon=True)
+        self._thread.start()
+
+    def _run(self, build: NativeBuild, reading: int) -> None:
+        def on_start(end: Callable[[], None]) -> None:
+            os.close(reading)
+            self._end = end
+
+        try:
+            ran = run(
+                [sys.executable, converter.__file__, build.scripts],
+                env=_CONVERTER_ENV,
+                on_text=lambda text: self._listener(text),
+                stdin=reading,
+                on_start=on_start,
+                log=self.log,
+            )
+        except BaseException as error:
+            self._ran.set_exception(error)
+        else:
+            self._ran.set_result(ran)
+
+    def run(self, task: Mapping[str, Json], on_text: Callable[[str], None]) -> ToolRun:
+        """Give it its only task, and wait for the end."""
+        self._listener = on_text
+        with suppress(BrokenPipeError), os.fdopen(self._writing, "wb") as pipe:
+            self._writing = -1
+            pipe.write(json.dumps(task).encode() + b"\n")
+        return self._ran.result()
+
+    def close(self) -> None:
+        """End it, whatever it does."""
+        if self._writing >= 0:
+            os.close(self._writing)
+            self._writing = -1
+        self._end()
+        self._thread.join()
+
+
 def convert_checkpoint(
     build: NativeBuild,
     checkpoint: Path,
@@ -576,6 +641,7 @@ def convert_checkpoint(
     mmproj: bool = False,
     options: Mapping[str, Json] | None = None,
     report: Path | None = None,
+    started: Converter | None = None,
     log: Path,
     progress: Progress = SILENT,
 ) -> ToolRun:
@@ -596,37 +662,39 @@ def convert_checkpoint(
         options: what else the converter has to know of the checkpoint, such as its
             end tokens (``Prepared.converter_options``).
         report: gets what was read of the config, as JSON; also of a failed run.
-        log: gets what it prints.
+        started: one that waits for a task already; it is ended here.
+        log: gets what it prints, unless ``started`` has a log of its own.
         progress: told how much is written.
 
     Raises:
         ToolError: if the converter fails, with its reason.
     """
-    argv: list[str | Path] = [
+    argv = [
         *(checkpoint.absolute(), "--outfile", out.absolute()),
         *("--outtype", outtype, "--model-name", name),
         *(["--vocab-only"] if vocab_only else []),
         *(["--mmproj"] if mmproj else []),
     ]
+    given = {
+        **{"no_mtp": False, "end_tokens": [], "renamed": {}, "dropped": []},
+        **(options or {}),
+        "report": str(report) if report else None,
+        "argv": [str(argument) for argument in argv],
+    }
     title = f"reading the vocabulary of {name}" if vocab_only else f"converting {name}"
     title += " (projector)" if mmproj else ""
-    with ExitStack() as stack:
-        job = Path(stack.enter_context(TemporaryDirectory(prefix="ggufkit-"))) / "task.json"
-        given = {"no_mtp": False, "end_tokens": [], "renamed": {}, "dropped": []}
-        given |= {"scripts": str(build.scripts), "report": str(report) if report else None}
-        job.write_text(json.dumps({**given, **(options or {})}), encoding="utf-8")
-        argv = [sys.executable, converter.__file__, job, *argv]
-        task = stack.enter_context(progress.task(title, 100, "percent"))
+    job = started or Converter(build, log)
+    with closing(job), progress.task(title, 100, "percent") as task:
         watch = output.Percentages(lambda percent: task.update(percent))
         try:
-            ran = run(argv, env=_CONVERTER_ENV, on_text=watch.feed, log=log)
+            ran = job.run(given, watch.feed)
             if ran.returncode != 0:
-                raise _explained(
-                    ran, f"converting {checkpoint.name}", log, output.conversion_problem(ran.tail)
-                )
+                problem = output.conversion_problem(ran.tail)
+                raise _explained(ran, f"converting {checkpoint.name}", job.log, problem)
             if not out.is_file():
-                raise ToolOutputError(f"the converter wrote no {out.name}", _log_hint(log))
+                raise ToolOutputError(f"the converter wrote no {out.name}", _log_hint(job.log))
         except BaseException:
+            job.close()
             out.unlink(missing_ok=True)
             raise
         task.update(100)
@@ -803,7 +871,7 @@ def perplexity(
 
         ran = run(argv, on_text=on_text, log=log)
         ended = watch.chunks if ran.returncode else output.says_estimate(printed)
-        if ran.returncode < 0 or ended or output.says_error(ran.tail):
+        if ran.returncode < 0 or ended or reasons.says_error(ran.tail):
             break
     if ran.returncode != 0 or not watch.chunks:
         raise _perplexity_error(ran, model, text_name, context, log)

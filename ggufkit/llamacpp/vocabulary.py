@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from ggufkit.errors import ToolError, UsageError
+from ggufkit.llamacpp.expressing import Expressing
 
 _PIECE_NBYTES = 256
 _MARGIN = 8
@@ -43,6 +44,7 @@ class Vocabulary:
         self._stops = stops
         self.pointer = library.llama_model_get_vocab(model)
         self.size = int(library.llama_vocab_n_tokens(self.pointer))
+        self._expressing = Expressing(library, self.pointer)
         self._pieces: tuple[list[bytes | None], list[bytes | None]] = (
             [None] * self.size,
             [None] * self.size,
@@ -65,21 +67,44 @@ class Vocabulary:
         """Bytes of the longest token. A text has at least its bytes by this many tokens."""
         return max(len(self.piece(token, special=True)) for token in range(self.size))
 
-    def tokenize(self, text: str, *, special: bool = True, begins: bool = True) -> list[int]:
+    @cached_property
+    def closing(self) -> int | None:
+        """The token that the tokenizer itself puts after a text, if it does.
+
+        As ``llama_vocab::impl::tokenize`` with ``add_special``: BERT's vocabularies
+        always end a text with their separator, others with EOS if the GGUF says so.
+        """
+        lib = self._library
+        kind = lib.llama_vocab_type(self.pointer)
+        if kind == lib.LLAMA_VOCAB_TYPE_WPM:
+            token = int(lib.llama_vocab_sep(self.pointer))
+        elif kind in _kinds_with_eos(lib) and lib.llama_vocab_get_add_eos(self.pointer):
+            token = int(lib.llama_vocab_eos(self.pointer))
+        else:
+            return None
+        return token if token >= 0 else None
+
+    def tokenize(
+        self, text: str, *, special: bool = True, begins: bool = True, ends: bool = False
+    ) -> list[int]:
         """Tokens of a prompt; the BOS token comes first if the model wants it.
 
         Args:
             text: the prompt.
             special: whether spelled-out special tokens become tokens.
             begins: whether nothing comes before it; else there is no BOS token.
+            ends: whether nothing comes after it, as in a text to embed; then the
+                token that the tokenizer ends a text with comes last.
 
         Raises:
-            UsageError: if it is longer than any prompt can be.
+            UsageError: if it is longer than any prompt can be, or has characters
+                that the vocabulary cannot express.
             ToolError: if llama.cpp cannot tokenize it.
         """
         lib = self._library
         if len(text) > _LONGEST:
             raise UsageError(f"the text has more than {_LONGEST} characters")
+        self._expressing.check(text, special=special)
         spelled = text.encode()
         room = len(spelled) + _MARGIN
         tokens = (lib.llama_token * room)()
@@ -92,6 +117,8 @@ class Vocabulary:
         wants_bos = begins and lib.llama_vocab_get_add_bos(self.pointer)
         if wants_bos and found[:1] != [self.bos]:
             found.insert(0, self.bos)
+        if ends and self.closing is not None and found[-1:] != [self.closing]:
+            found.append(self.closing)
         return found
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
@@ -117,6 +144,11 @@ class Vocabulary:
             if length >= 0:
                 return buffer.raw[:length]
             size = -length
+
+
+def _kinds_with_eos(library: ModuleType) -> tuple[int, ...]:
+    names = ("SPM", "BPE", "UGM")
+    return tuple(int(getattr(library, f"LLAMA_VOCAB_TYPE_{name}")) for name in names)
 
 
 def on_a_deep_stack(tokenize: Callable[[], int], text: bytes) -> int:

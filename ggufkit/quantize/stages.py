@@ -9,27 +9,47 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ggufkit import settings
 from ggufkit.checkpoint.index import CheckpointIndex
+from ggufkit.checkpoint.numbers import whole_number
 from ggufkit.checkpoint.prepare import Prepared
-from ggufkit.errors import CheckpointError
+from ggufkit.errors import CheckpointError, ToolOutputError
 from ggufkit.llamacpp import toolchain
 from ggufkit.llamacpp.gguf import read_gguf, write_skeleton
+from ggufkit.llamacpp.observing import check_opens
+from ggufkit.llamacpp.output import QuantizeOutput
 from ggufkit.llamacpp.toolchain import NativeBuild
-from ggufkit.progress import Progress
+from ggufkit.progress import SILENT, Progress
+from ggufkit.quantize.coverage import (
+    Coverage,
+    coverage_notes,
+    coverage_of,
+    require_same_model,
+)
+from ggufkit.quantize.imatrix import read_imatrix
 from ggufkit.store import Store
-from ggufkit.values import Artifact, Checkpoint, Json, QuantizeResult, QuantRecipe, rounding_of
+from ggufkit.values import (
+    Artifact,
+    Checkpoint,
+    GGUFFile,
+    Json,
+    QuantizeResult,
+    QuantRecipe,
+    VerifyOptions,
+    rounding_of,
+)
 
 if TYPE_CHECKING:
     from ggufkit.quantize.imatrix import Floats
 
-_CONVERT_VERSION = 2
+_CONVERT_VERSION = 3
 _PLAN_VERSION = 3
-_QUANTIZE_VERSION = 2
+_QUANTIZE_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -45,6 +65,18 @@ class PlannedTensor:
 
     gguf_names: tuple[str, ...]
     type: str
+
+
+Compare = Callable[[Path, Json], Json]
+"""Compares a float GGUF with its checkpoint, given what the converter read of the config;
+facts for the manifest."""
+StartedConverter = Callable[[], toolchain.Converter | None]
+Verifying = Callable[[], AbstractContextManager[Compare]]
+
+
+def _opens(gguf: Path, _: Json) -> Json:
+    check_opens(gguf)
+    return "skipped"
 
 
 _OUTTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
@@ -66,6 +98,9 @@ def convert(
     progress: Progress,
     *,
     outtype: str | None = None,
+    verifying: Verifying | None = None,
+    verify: VerifyOptions | None = None,
+    converter: StartedConverter = lambda: None,
 ) -> Artifact:
     """Convert a checkpoint, as it is or with scales folded in, to a float GGUF.
 
@@ -79,6 +114,11 @@ def convert(
         progress: told how far it is.
         outtype: the converter's output type; None or empty for the one that
             loses nothing of the checkpoint.
+        verifying: entered before the converter starts; what it gives compares the GGUF
+            with the checkpoint and returns facts for the manifest, or raises. None to
+            see only that llama.cpp opens it.
+        verify: what ``verifying`` was made with.
+        converter: gives one that waits for its task, if there is one.
     """
     suffix = "-awq" if scales else ""
     outtype = outtype or outtype_of(prepared.index)
@@ -89,25 +129,30 @@ def convert(
             source = directory / ".source" / checkpoint.name
             fold(source)
         out = directory / f"{checkpoint.name}{suffix}-{outtype.upper()}.gguf"
-        ran = toolchain.convert_checkpoint(
-            build,
-            source,
-            out,
-            outtype=outtype,
-            name=checkpoint.name,
-            options=prepared.converter_options,
-            report=report,
-            log=store.log("convert"),
-            progress=progress,
-        )
-        if fold:
-            # Not kept until publishing: disk is what a 7B model is short of.
-            shutil.rmtree(source.parent)
-        read = json.loads(report.read_bytes())
+        with verifying() if verifying else nullcontext(_opens) as compare:
+            ran = toolchain.convert_checkpoint(
+                build,
+                source,
+                out,
+                outtype=outtype,
+                name=checkpoint.name,
+                options=prepared.converter_options,
+                report=report,
+                started=converter(),
+                log=store.log("convert"),
+                progress=progress,
+            )
+            if fold:
+                # Not kept until publishing: disk is what a 7B model is short of.
+                shutil.rmtree(source.parent)
+            read = json.loads(report.read_bytes())
+            with store.hashing(out):
+                verification = compare(out, read)
         return {
             "peak_rss_nbytes": ran.peak_rss_nbytes,
             "mended": [*prepared.notes, *_filled_notes(read)],
             "config": read,
+            "verification": verification,
         }
 
     return store.run(
@@ -115,7 +160,10 @@ def convert(
         version=_CONVERT_VERSION,
         model=checkpoint.name,
         inputs={"checkpoint": checkpoint.digest, "scales": scales_digest(scales)},
-        options={"outtype": outtype, "name": checkpoint.name},
+        options={
+            **{"outtype": outtype, "name": checkpoint.name},
+            **(verify.key if verify else {}),
+        },
         tool={"llama.cpp": build.commit},
         work=work,
         progress=progress,
@@ -154,6 +202,7 @@ def plan(
     *,
     imatrix: bool = False,
     meanwhile: Callable[[], object] | None = None,
+    converter: StartedConverter = lambda: None,
 ) -> dict[str, PlannedTensor]:
     """Ask llama-quantize which ggml type each tensor of a checkpoint will get.
 
@@ -161,6 +210,7 @@ def plan(
     and metadata but no data, so it costs no conversion. With an importance
     matrix llama-quantize mixes otherwise, whatever the matrix says.
 
+    ``converter`` gives one that waits for its task, if there is one.
     ``meanwhile`` is called beside the converter, a process of seconds, if that
     has to run; it is for what the caller will need anyway.
 
@@ -181,6 +231,7 @@ def plan(
                 name=checkpoint.name,
                 vocab_only=True,
                 options=prepared.converter_options,
+                started=converter(),
                 log=store.log("convert"),
                 progress=progress,
             )
@@ -252,7 +303,7 @@ def _gguf_names(vocab: Path, index: CheckpointIndex) -> dict[str, tuple[str, ...
     arch = next((a for a, name in MODEL_ARCH_NAMES.items() if name == architecture), None)
     if arch is None:
         raise CheckpointError(f"the gguf package does not know the architecture '{architecture}'")
-    blocks = int(index.config.get("num_hidden_layers") or index.config["n_layer"])
+    blocks = whole_number(index, "num_hidden_layers", "n_layer")
     names = get_tensor_name_map(arch, blocks)
     found: dict[str, tuple[str, ...]] = {}
     for name in index.tensors:
@@ -332,6 +383,9 @@ def quantize(
     imatrix: Path | None = None,
     allow_requantize: bool = False,
     calibrated: Sequence[Json] | None = None,
+    verify: VerifyOptions | None = None,
+    verification: Callable[[], Json] | None = None,
+    own_imatrix: bool = False,
     mended: Callable[[], Sequence[str]] = tuple,
     progress: Progress,
 ) -> Artifact:
@@ -350,27 +404,42 @@ def quantize(
         allow_requantize: let already quantized tensors be quantized again.
         calibrated: on what texts the file is calibrated, for the manifest; None if
             that is not known. See :mod:`ggufkit.evaluate.leaks`.
-        mended: gives what was mended in the checkpoint, in words, for the manifest;
-            asked after ``source``.
-        progress: told how far it is.
+        verify: how the source is compared with its checkpoint.
+        verification: what came of it; called after ``source``.
+        own_imatrix: whether the matrix was made here, of this very model.
+        mended: what was mended in the source's checkpoint; called after ``source``.
+        progress: told how far it is, and warned of what the matrix does not cover.
+
+    Raises:
+        CheckpointError: if the matrix was made of another model.
     """
 
     def work(directory: Path) -> dict[str, Json]:
         out = directory / f"{stem}-{recipe.type}.gguf"
-        told = toolchain.quantize(
-            build,
-            source().absolute(),
-            out.absolute(),
-            recipe.type,
-            imatrix=imatrix,
-            tensor_types=recipe.tensor_types,
-            allow_requantize=allow_requantize,
-            threads=settings.threads(),
-            log=store.log("quantize"),
-            progress=progress,
-        )
+
+        def run(*, dry_run: bool = False) -> QuantizeOutput:
+            return toolchain.quantize(
+                build,
+                gguf,
+                out.absolute(),
+                recipe.type,
+                imatrix=imatrix,
+                tensor_types=recipe.tensor_types,
+                allow_requantize=allow_requantize,
+                dry_run=dry_run,
+                threads=settings.threads(),
+                log=store.log("quantize"),
+                progress=SILENT if dry_run else progress,
+            )
+
+        gguf = source().absolute()
+        covered = _covered(imatrix, run(dry_run=True), own=own_imatrix) if imatrix else None
+        told = run()
+        with store.hashing(out):
+            check_opens(out)
         written = read_gguf(out, arrays=False)
-        return {
+        facts: dict[str, Json] = {
+            **({} if verification is None else {"verification": verification()}),
             "bits_per_weight": written.bits_per_weight,
             "bits_per_weight_asked": told.bits_per_weight_asked(written),
             "fallbacks": told.fallbacks,
@@ -380,18 +449,68 @@ def quantize(
             "origin": origin,
             "mended": list(mended()),
             **({} if calibrated is None else {"calibrated": list(calibrated)}),
+            **_imatrix_facts(covered, told),
+            **_experts_facts(recipe.type, written),
         }
+        for note in notes_of(facts):
+            progress.warn(note)
+        return facts
 
     return store.run(
         "quantize",
         version=_QUANTIZE_VERSION,
         model=model,
         inputs=inputs,
-        options={"recipe": recipe, "stem": stem, "allow_requantize": allow_requantize},
+        options={
+            **{"recipe": recipe, "stem": stem, "allow_requantize": allow_requantize},
+            **(verify.key if verify else {}),
+        },
         tool={"llama.cpp": build.commit},
         work=work,
         progress=progress,
     )
+
+
+def _covered(imatrix: Path, planned: QuantizeOutput, *, own: bool) -> Coverage:
+    """What a matrix covers, by its file and llama-quantize's plan; before the work."""
+    entries = read_imatrix(imatrix)
+    covered = coverage_of(entries, planned.tensors)
+    if not own:
+        require_same_model(imatrix, entries, planned.tensors, covered)
+    return covered
+
+
+def _imatrix_facts(covered: Coverage | None, told: QuantizeOutput) -> dict[str, Json]:
+    """What a matrix covers, after llama-quantize's own remarks were compared with it."""
+    if covered is None:
+        return {}
+    inside = {name for name in told.without_importance if "blk." in name}
+    if unexpected := sorted(inside - set(covered.without)):
+        raise ToolOutputError(
+            f"llama-quantize made no use of the importance matrix's entry for {unexpected[0]}"
+        )
+    return {"imatrix": covered.facts}
+
+
+_EXPERTS_ALONE = "MXFP4_MOE"
+
+
+def _experts_facts(type: str, written: GGUFFile) -> dict[str, Json]:
+    """Whether a type that is for experts found none."""
+    none = type == _EXPERTS_ALONE and all(t.type != "MXFP4" for t in written.tensors)
+    return {"no_experts": True} if none else {}
+
+
+def notes_of(facts: Mapping[str, Json]) -> tuple[str, ...]:
+    """What a user is to know of a quantized file beside its numbers."""
+    notes = coverage_notes(facts)
+    if facts.get("no_experts"):
+        notes += (
+            f"{_EXPERTS_ALONE} puts the maps of experts alone into MXFP4 (4.25 bits per weight); "
+            "this model has none, so all that is quantized became Q8_0, and the file has "
+            f"{facts['bits_per_weight']:.2f} bits per weight",
+        )
+    return notes
 
 
 def result_of(artifact: Artifact, path: Path, notes: tuple[str, ...] = ()) -> QuantizeResult:
@@ -411,5 +530,5 @@ def result_of(artifact: Artifact, path: Path, notes: tuple[str, ...] = ()) -> Qu
         nbytes=facts["nbytes"],
         seconds=artifact.manifest.seconds,
         reused=artifact.reused,
-        notes=notes,
+        notes=(*notes, *notes_of(facts)),
     )

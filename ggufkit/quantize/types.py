@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
-from ggufkit.errors import UsageError
+from ggufkit.errors import GgufkitError, UsageError
 
 FLOAT_TYPES = ("F32", "F16", "BF16")
 
@@ -24,6 +24,34 @@ TYPES = (
     *FLOAT_TYPES,
     "COPY",
 )
+
+
+NEED_IMATRIX = (
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M"),
+    *("Q2_K_S", "IQ3_XXS", "IQ3_XS"),
+)
+"""Types that llama-quantize makes with an importance matrix alone."""
+_SUPER_BLOCK = 256
+"""Weights of a super-block (``QK_K``); rows that these cannot fill get other types."""
+
+
+def require_importance(type: str, columns: Iterable[int]) -> None:
+    """Refuse a type that needs an importance matrix, where there is none.
+
+    Args:
+        type: the quantization type.
+        columns: lengths of the rows of the linear maps in the model's blocks. If
+            super-blocks fit none of them, every tensor falls back to another type.
+
+    Raises:
+        GgufkitError: if llama-quantize would refuse it.
+    """
+    if type in NEED_IMATRIX and any(count % _SUPER_BLOCK == 0 for count in columns):
+        raise GgufkitError(
+            f"{type} needs an importance matrix",
+            "Add --imatrix auto (with a checkpoint), name one that llama-imatrix made with "
+            "--imatrix FILE, or take a larger type such as q3_k_s",
+        )
 
 
 def parse_type(name: str) -> str:

@@ -6,19 +6,22 @@ is told. Some pieces are held back: nothing looks at them until the end, when
 they show whether the result is good.
 """
 
-import json
 import random
-from codecs import BOM_UTF8
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
+from ggufkit.checkpoint.chat_template import read_templates
 from ggufkit.checkpoint.index import CheckpointIndex
 from ggufkit.errors import CheckpointError, GgufkitError
-from ggufkit.values import CHAT_KEYS, PAIR_KEYS, Json, row_kind
+from ggufkit.foreign import foreign
+from ggufkit.llamacpp.conversing import ChatTemplate, checkpoint_template
+from ggufkit.llamacpp.template import TemplateError
+from ggufkit.progress import SILENT, Progress
+from ggufkit.texts.documents import Conversations, read_for_calibration
+from ggufkit.texts.rows import Conversation
+from ggufkit.values import Json
 
 if TYPE_CHECKING:
     import torch
@@ -32,17 +35,6 @@ _WINDOWS_PER_TOKEN = (8, _CHARACTERS_PER_TOKEN)
 not for drawings and tables, whose long runs of one character are one token."""
 _LONG_WORD = 64
 """A window begins with a whole word, unless it has none for so many characters."""
-_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "developer": "system",
-}
-"""Other names for roles, in ShareGPT's files and in OpenAI's newer ones."""
-_ROLES_KNOWN = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
@@ -64,131 +56,110 @@ class Sequences:
 def _tokenizer(index: CheckpointIndex, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(index.path, trust_remote_code=trust_remote_code)
+    with foreign(
+        f"transformers cannot load the tokenizer of {index.path}",
+        "Fetch tokenizer.json, tokenizer_config.json and tokenizer.model again",
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(index.path, trust_remote_code=trust_remote_code)
     # The warning about texts beyond the context does not apply: they are cut.
     tokenizer.model_max_length = int(1e30)
     return tokenizer
 
 
 def read_documents(
-    path: Path, index: CheckpointIndex, *, trust_remote_code: bool = False
+    path: Path,
+    index: CheckpointIndex,
+    *,
+    column: str | None = None,
+    name: str = "",
+    trust_remote_code: bool = False,
+    progress: Progress = SILENT,
 ) -> tuple[list[str], str]:
     """The documents of a calibration file.
 
     Args:
-        path: UTF-8 text, which is one document; or JSON lines with chats
-            (``messages`` or ``conversations``) or pairs (question and answer).
-        index: the checkpoint whose template renders them.
+        path: UTF-8 text, which is one document; or a file of rows with text, chats,
+            or questions and answers, in any container that
+            :mod:`ggufkit.texts.files` knows.
+        index: the checkpoint whose template renders chats.
+        column: the column that holds the text or the chat; None to choose one by
+            the rules of :mod:`ggufkit.texts.columns`.
+        name: what messages call the file; by default its own name.
         trust_remote_code: let transformers run the checkpoint's own code.
+        progress: warned of rows that are left out, and of what the template leaves out.
 
     Returns:
         The documents, and what they are: ``text``, ``chats`` or ``pairs``.
 
     Raises:
-        CheckpointError: if there are chats and the model has no template.
-        GgufkitError: if a line is not what the first one is; names it.
+        CheckpointError: if there are chats and the model has no template, or it
+            refuses one.
+        GgufkitError: if the file cannot be read, or a row is no chat and no question
+            with an answer; names it.
     """
-    kind = _kind_of(path)
-    if kind == "text":
-        return [path.read_text(encoding="utf-8")], kind
-    tokenizer = _tokenizer(index, trust_remote_code)
-    template = bool(tokenizer.chat_template)
-    if kind == "chats" and not template:
+    found = read_for_calibration(path, column, progress)
+    if isinstance(found, str):
+        return [found], "text"
+    name = name or path.name
+    templates = read_templates(index.path)
+    if not templates.named:
+        if found.kind == "pairs":
+            return [conversation.bare_text() for _, conversation in found.rows], found.kind
         raise CheckpointError(
-            f"{path.name} holds chats, but {index.path.name} has no chat template",
+            f"{name} holds chats, but {index.path.name} has no chat template",
             "Give a plain text with --calibration",
         )
+    special = _tokenizer(index, trust_remote_code).special_tokens_map
+    template = checkpoint_template(templates, special, name=index.path.name)
+    _warn_of_what_is_left_out(found, template, name, progress)
     documents = []
-    for number, row in _rows(path):
+    for number, conversation in found.rows:
         try:
-            turns = _turns(row, kind)
-        except (KeyError, TypeError, ValueError) as error:
-            raise GgufkitError(
-                f"line {number} of {path.name} is not like the first: {_reason(error)}",
-                f"Every line needs one of {', '.join(CHAT_KEYS)}, or a pair such as "
-                f"{' and '.join(PAIR_KEYS[0])}",
-            ) from error
-        if not template:
-            documents.append("\n".join(turn["content"] for turn in turns))
-            continue
-        try:
-            documents.append(tokenizer.apply_chat_template(turns, tokenize=False))
+            documents.append(
+                template.render(
+                    conversation.messages,
+                    tools=conversation.tools or None,
+                    add_generation_prompt=False,
+                )
+            )
         except TemplateError as error:
             raise CheckpointError(
-                f"the chat template of {index.path.name} refuses line {number} of {path.name}: "
-                f"{error}",
-                "Change or remove that line; some templates take no system message, or want "
+                f"{index.path.name}, {found.unit} {number} of {name}: {error.message}",
+                "Change or remove that row; some templates take no system message, or want "
                 "user and assistant in turn",
             ) from error
-    return documents, kind
+    return documents, found.kind
 
 
-def _reason(error: Exception) -> str:
-    return f"it has no {error}" if isinstance(error, KeyError) else str(error)
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Names of reasoning in turns; a template gets it under each."""
 
 
-def _kind_of(path: Path) -> str:
-    if path.suffix.lower() not in _JSON_SUFFIXES:
-        return "text"
-    return next((row_kind(row) for _, row in _rows(path)), "text")
+def _warn_of_what_is_left_out(
+    found: Conversations, template: ChatTemplate, name: str, progress: Progress
+) -> None:
+    """Warn of what conversations hold and the template never mentions."""
+    for what, keys in (
+        ("tools", ("tools",)),
+        ("calls", ("tool_calls",)),
+        ("reasoning", _REASONING),
+    ):
+        count = 0
+        for _, conversation in found.rows:
+            text = template.tool_use if conversation.tools and template.tool_use else template.text
+            if not any(key in text for key in keys):
+                count += _has(conversation, what, keys)
+        if count:
+            progress.warn(
+                f"{name}: {count} of {len(found.rows)} conversations have {what}, which the "
+                "chat template leaves out"
+            )
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Json]]:
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            line = raw.removeprefix(BOM_UTF8) if number == 1 else raw
-            if line.strip():
-                try:
-                    yield number, json.loads(line.decode())
-                except (ValueError, RecursionError) as error:
-                    raise GgufkitError(
-                        f"line {number} of {path.name} is not JSON: {error}",
-                        "One JSON object on each line is needed, in UTF-8",
-                    ) from error
-
-
-def _turns(row: Json, kind: str) -> list[dict[str, str]]:
-    if not isinstance(row, dict):
-        raise TypeError("no JSON object")
-    return _chat(row) if kind == "chats" else _pair(row)
-
-
-def _chat(row: Json) -> list[dict[str, str]]:
-    turns = next((row[key] for key in CHAT_KEYS if key in row), None)
-    if not turns or not isinstance(turns, list):
-        raise ValueError("a chat without turns")
-    return [_turn(turn) for turn in turns]
-
-
-def _turn(turn: Json) -> dict[str, str]:
-    if not isinstance(turn, dict):
-        raise TypeError("a turn that is no object")
-    role = turn["from"] if "from" in turn else turn["role"]
-    role = _ROLES.get(role, role)
-    if role not in _ROLES_KNOWN:
-        raise ValueError(f"unknown role '{role}' (known are {', '.join((*_ROLES_KNOWN, *_ROLES))})")
-    content = turn["value"] if "value" in turn else turn["content"]
-    return {"role": role, "content": _text(content, "a turn whose content")}
-
-
-def _pair(row: Json) -> list[dict[str, str]]:
-    asked, answered = next((p for p in PAIR_KEYS if set(p) <= row.keys()), PAIR_KEYS[0])
-    context = row.get("input") or ""
-    parts = _text(row[asked], f"'{asked}'"), _text(context, "'input'")
-    return [
-        {"role": "user", "content": "\n\n".join(part for part in parts if part)},
-        {"role": "assistant", "content": _text(row[answered], f"'{answered}'")},
-    ]
-
-
-def _text(value: Json, what: str) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{what} is not text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{what} has half a surrogate pair") from error
-    return value
+def _has(conversation: Conversation, what: str, keys: Sequence[str]) -> bool:
+    if what == "tools":
+        return bool(conversation.tools)
+    return any(message.get(key) for message in conversation.messages for key in keys)
 
 
 def cut_sequences(

@@ -5,6 +5,7 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 from ggufkit.checkpoint.index import CheckpointIndex
+from ggufkit.checkpoint.numbers import whole_number
 from ggufkit.errors import CheckpointError
 from ggufkit.scaling.families import EXPERT, AttentionShape, Family, Group
 
@@ -62,18 +63,19 @@ class BlockGroup:
 
 def block_count(index: CheckpointIndex) -> int:
     """Number of blocks of the model."""
-    return int(index.config.get("num_hidden_layers") or index.config["n_layer"])
+    return whole_number(index, "num_hidden_layers", "n_layer")
 
 
 def attention_shape(index: CheckpointIndex) -> AttentionShape:
     """Heads and their width, from the config."""
-    config = index.config
-    query_heads = int(config.get("num_attention_heads") or config["n_head"])
-    hidden = int(config.get("hidden_size") or config["n_embd"])
+    query_heads = whole_number(index, "num_attention_heads", "n_head")
+    hidden = whole_number(index, "hidden_size", "n_embd")
     return AttentionShape(
         query_heads=query_heads,
-        kv_heads=int(config.get("num_key_value_heads") or query_heads),
-        value_dim=int(config.get("v_head_dim") or config.get("head_dim") or hidden // query_heads),
+        kv_heads=whole_number(index, "num_key_value_heads", default=query_heads),
+        value_dim=whole_number(
+            index, "v_head_dim", "head_dim", default=max(1, hidden // query_heads)
+        ),
     )
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ggufkit.checkpoint.index import CheckpointIndex
+from ggufkit.checkpoint.numbers import whole_number
 from ggufkit.llamacpp.ggml import Ggml
 from ggufkit.llamacpp.packing import format_of
 from ggufkit.progress import Progress, Task
@@ -88,7 +89,7 @@ def forecast(
         * (format_of(type).block_nbytes + 16)
         for name, type in maps.items()
     )
-    width = int(index.config.get("hidden_size") or index.config["n_embd"])
+    width = whole_number(index, "hidden_size", "n_embd")
     states = 4 * BATCH * length * width * block_count(index)
     vocabulary = max(t.shape[0] for t in index.tensors.values())
     # Logits of one sequence by both models, their logarithms, products and gradients.

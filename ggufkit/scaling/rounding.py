@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ggufkit.checkpoint.index import CheckpointIndex
+from ggufkit.checkpoint.numbers import whole_number
 from ggufkit.errors import IntegrityError
 from ggufkit.llamacpp.ggml import Ggml
 from ggufkit.llamacpp.packing import format_of
@@ -100,7 +101,7 @@ def forecast(
     largest = max(math.prod(shape) for shapes in blocks for shape in shapes) * 8
     # Moments, their damped copies and factors in double precision, and copies in single.
     squares = (8 * 6 + 4 * 4) * _widest(index, family, plan) ** 2
-    width = int(index.config.get("hidden_size") or index.config["n_embd"])
+    width = whole_number(index, "hidden_size", "n_embd")
     hidden = 4 * sequences * length * width
     step = 4 * 16 * TOKENS_AT_ONCE * width
     return (

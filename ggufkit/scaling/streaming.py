@@ -9,14 +9,15 @@ disk when they are many.
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ggufkit.checkpoint.index import CheckpointIndex
 from ggufkit.checkpoint.tensors import TensorReader
 from ggufkit.errors import CheckpointError
+from ggufkit.foreign import foreign
 from ggufkit.llamacpp import host
 from ggufkit.scaling.families import EXPERT, Family
 from ggufkit.scaling.groups import expert_count
@@ -28,6 +29,12 @@ TOKENS_AT_ONCE = 2048
 """Tokens of a forward step inside a block: enough to keep the cores busy."""
 HIDDEN_NBYTES_IN_MEMORY = 1 << 30
 """Hidden states above this size live in a file."""
+
+
+_OTHER_VERSION = (
+    "Fetch config.json again; if it is as published, the model may need another version of "
+    "transformers, or code of its own: --trust-remote-code"
+)
 
 
 def load_torch() -> None:
@@ -141,7 +148,8 @@ class LoadedBlock:
         """Run the block over some of ``count`` sequences; their hidden states after it."""
         args = [_of_sequences(a, part, count) for a in self._args]
         kwargs = {k: _of_sequences(a, part, count) for k, a in self._kwargs.items()}
-        result = self._run(hidden, *args, **kwargs)
+        with foreign(f"transformers fails in block {self.number}", _OTHER_VERSION):
+            result = self._run(hidden, *args, **kwargs)
         after: torch.Tensor = result[0] if isinstance(result, tuple) else result
         return after
 
@@ -190,7 +198,7 @@ class StreamedModel:
             # Nothing reads what comes after the last block.
             return hidden[:1] if block.number == last else hidden
 
-        with self._stepping(until_last):
+        with self._stepping(until_last), self._running():
             decoder(input_ids=sequences, use_cache=False)
 
     def logits(
@@ -201,7 +209,7 @@ class StreamedModel:
         # Code that comes with a checkpoint may not know how to leave some out.
         own = type(self._model).__module__.startswith("transformers.")
         keep = {"logits_to_keep": positions} if own else {}
-        with self._stepping(each):
+        with self._stepping(each), self._running():
             logits = self._model(input_ids=sequences, use_cache=False, **keep).logits
         chosen: torch.Tensor = logits if own else logits[:, positions]
         return chosen.float()
@@ -256,6 +264,10 @@ class StreamedModel:
             for block, forward in zip(self._blocks, self._forwards, strict=True):
                 block.forward = forward
         return logits.float()
+
+    def _running(self) -> AbstractContextManager[None]:
+        name = self._index.path.name
+        return foreign(f"transformers cannot run {name}", _OTHER_VERSION)
 
     @contextmanager
     def loaded(self, block: LoadedBlock) -> Iterator[LoadedBlock]:
@@ -316,6 +328,10 @@ class StreamedModel:
                     continue
                 if name in self._index.tensors:
                     value = load_finite(self._reader, name)
+                    # The rows of an embedding may be padded.
+                    self._require_shape(name, value.shape[1:], parameter.shape[1:])
+                    if value.ndim == 1:
+                        self._require_shape(name, value.shape, parameter.shape)
                 elif owner is self._model.get_output_embeddings():
                     value = self._model.get_input_embeddings().weight
                 else:
@@ -341,8 +357,19 @@ class StreamedModel:
                 f"{self._index.path.name} has no tensors for {prefix}{missing[0]}",
                 "AWQ knows its experts as transformers 5 and later keep them",
             )
+        for name, parameter in module.named_parameters():
+            self._require_shape(prefix + name, loaded[name].shape, parameter.shape)
         module.load_state_dict(loaded, assign=True, strict=False)
         return weights
+
+    def _require_shape(self, name: str, shape: Sequence[int], wanted: Sequence[int]) -> None:
+        if tuple(shape) != tuple(wanted):
+            found, expected = (" x ".join(map(str, s)) or "nothing" for s in (shape, wanted))
+            raise CheckpointError(
+                f"tensor {name} of {self._index.path.name} is {found}, and its config makes it "
+                f"{expected}",
+                "Config and weights are of two models, or damaged: fetch both again",
+            )
 
     def _load_experts(
         self, number: int, experts: int, weights: "dict[str, torch.Tensor]"
@@ -397,9 +424,12 @@ def _empty_model(index: CheckpointIndex, trust_remote_code: bool) -> Any:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(index.path, trust_remote_code=trust_remote_code)
+    path = index.path / "config.json"
+    with foreign(f"transformers cannot read {path}", _OTHER_VERSION):
+        config = AutoConfig.from_pretrained(index.path, trust_remote_code=trust_remote_code)
     # Parameters are empty; buffers such as rotary frequencies are real.
-    with init_empty_weights(include_buffers=False):
+    making = foreign(f"transformers cannot make the model of {path}", _OTHER_VERSION)
+    with making, init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
             config, trust_remote_code=trust_remote_code, dtype=torch.float32
         )

@@ -31,6 +31,7 @@ from ggufkit.serve.chat import Style
 from ggufkit.serve.drafting import DraftOptions, open_engine
 from ggufkit.serve.engine import Engine, EngineOptions
 from ggufkit.serve.model import Sampling, cache_nbytes
+from ggufkit.serve.prompts import PromptMaker
 from ggufkit.serve.requests import Adapters, Delta, Finish, Request, Ticket
 from ggufkit.serve.rows import FaultError, Row, read_rows, tell_faults
 
@@ -153,9 +154,10 @@ def prepare(
         UsageError: if there are rows that cannot be answered; all are named.
     """
     jobs, faults = list[Job](), list[str]()
+    prompts = PromptMaker(template) if template is not None else None
     for row in rows:
         try:
-            text = row.prompt if row.prompt is not None else _rendered(row, template)
+            text = row.prompt if row.prompt is not None else _rendered(row, prompts)
             tokens = model.vocabulary.tokenize(text) or [max(0, model.vocabulary.bos)]
             if len(tokens) >= context:
                 raise FaultError(
@@ -177,10 +179,10 @@ def prepare(
     return jobs
 
 
-def _rendered(row: Row, template: ChatTemplate | None) -> str:
-    assert template is not None
+def _rendered(row: Row, prompts: PromptMaker | None) -> str:
+    assert prompts is not None
     assert row.messages is not None
-    return template.render(row.messages)
+    return prompts.render(row.messages)
 
 
 def still_to_do(jobs: Sequence[Job], answers: AnswerFile) -> list[Job]:

@@ -68,7 +68,7 @@ class Words(Protocol):
     def longest_piece(self) -> int:
         """Bytes of the longest token."""
 
-    def tokenize(self, text: str, *, special: bool = True) -> list[int]:
+    def tokenize(self, text: str, *, special: bool = True, ends: bool = False) -> list[int]:
         """Tokens of a text."""
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
@@ -105,23 +105,32 @@ class Hosted:
         default_factory=lambda: ThreadPoolExecutor(1, "ggufkit-score")
     )
 
-    def tokenize(self, text: str, *, special: bool = True) -> list[int]:
+    def tokenize(self, text: str, *, special: bool = True, ends: bool = False) -> list[int]:
         """Tokens of a prompt, at least one.
 
+        Args:
+            text: the prompt.
+            special: whether spelled-out special tokens become tokens.
+            ends: whether the token comes last that the tokenizer ends a text with.
+
         Raises:
-            UsageError: if there are none.
+            UsageError: if there are none, or the vocabulary cannot express the text.
         """
-        tokens = self.words.tokenize(text, special=special)
+        tokens = self.words.tokenize(text, special=special, ends=ends)
         if not tokens:
             raise UsageError("the prompt is empty")
         return tokens
 
-    def tokens_of(self, prompt: str | list[int], *, room: int | None = None) -> list[int]:
+    def tokens_of(
+        self, prompt: str | list[int], *, room: int | None = None, ends: bool = False
+    ) -> list[int]:
         """Tokens of a prompt that is text, or is tokens already.
 
         Args:
             prompt: what a client sent.
             room: tokens that there may be; None for those of the context.
+            ends: whether the token comes last that the tokenizer ends a text with;
+                tokens are taken as they are.
 
         Raises:
             UsageError: if there are none, or some that the model does not know.
@@ -130,7 +139,7 @@ class Hosted:
         room = self.engine.context if room is None else room
         if isinstance(prompt, str):
             self._check_length(prompt, room)
-            tokens = self.tokenize(prompt)
+            tokens = self.tokenize(prompt, ends=ends)
         else:
             tokens = prompt
         if not tokens:

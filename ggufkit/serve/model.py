@@ -420,7 +420,8 @@ def _paths(messages: Sequence[Message]) -> list[str]:
 def _with_markers(message: Message, marker: str) -> Message:
     """The message as text alone; images come before what is said of them."""
     images = marker * len(message.get("images", ()))
-    return {"role": message["role"], "content": images + message["content"]}
+    rest = {name: value for name, value in message.items() if name != "images"}
+    return {**rest, "content": images + message["content"]}
 
 
 def _read_image(path: Path) -> bytes:

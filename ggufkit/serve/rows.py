@@ -19,7 +19,9 @@ _NUMBERS = {
 }
 """Sampling parameters that a row may set, and what they are."""
 _FIELDS = {"id", "prompt", "messages", "system", "stop", "grammar", "json_schema", *_NUMBERS}
-_ROLES = ("system", "user", "assistant")
+_ROLES = ("system", "user", "assistant", "tool")
+_MESSAGE_TEXTS = ("name", "tool_call_id", "reasoning_content")
+_MESSAGE_FIELDS = {"role", "content", "tool_calls", *_MESSAGE_TEXTS}
 _SHOWN_FAULTS = 10
 
 
@@ -59,6 +61,8 @@ def read_rows(
 
     A row is an object with ``prompt`` or ``messages``, and may have ``id``,
     ``system``, ``stop``, ``grammar``, ``json_schema`` and sampling parameters.
+    Messages are OpenAI's: content is text or a list of parts of text, and there may
+    be ``tool_calls``, answers to these, and ``reasoning_content``.
 
     Args:
         text: what the file holds.
@@ -184,14 +188,47 @@ def _conversation(
     if not (isinstance(given, list) and given):
         raise FaultError("messages is not a list of messages")
     for message in given:
-        known = isinstance(message, dict) and set(message) == {"role", "content"}
-        if not known or message["role"] not in _ROLES or not isinstance(message["content"], str):
-            raise FaultError(f"a message is not a role ({', '.join(_ROLES)}) and its content")
+        _check_message(message)
     if given[0]["role"] == "system":
         if own_system:
             raise FaultError("it has two system messages")
         return tuple(given)
     return (*([{"role": "system", "content": system}] if system is not None else []), *given)
+
+
+def _check_message(message: Any) -> None:
+    """See that a message is what chat templates know."""
+    if not isinstance(message, dict) or message.get("role") not in _ROLES:
+        raise FaultError(f"a message is not a role ({', '.join(_ROLES)}) and its content")
+    if unknown := sorted(set(message) - _MESSAGE_FIELDS):
+        known = ", ".join(sorted(_MESSAGE_FIELDS))
+        raise FaultError(f"a message has no field '{unknown[0]}'; it may have: {known}")
+    for name in _MESSAGE_TEXTS:
+        if not isinstance(message.get(name) or "", str):
+            raise FaultError(f"{name} of a message is not text")
+    calls = message.get("tool_calls") or []
+    if not (isinstance(calls, list) and all(_is_call(call) for call in calls)):
+        raise FaultError(
+            'tool_calls of a message is no list of {"function": {"name": ..., "arguments": {...}}}'
+        )
+    content = message.get("content")
+    if content is None and not calls:
+        raise FaultError("a message is not a role and its content: content is missing or null")
+    for part in content if isinstance(content, list) else ():
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise FaultError(f"a message has a part of type '{kind}', and only text is answered")
+    if not isinstance(content, str | list | None):
+        raise FaultError("content of a message is neither text nor a list of parts")
+
+
+def _is_call(call: Any) -> bool:
+    function = call.get("function") if isinstance(call, dict) else None
+    return (
+        isinstance(function, dict)
+        and isinstance(function.get("name"), str)
+        and isinstance(function.get("arguments"), dict | str)
+    )
 
 
 def _id(raw: Mapping[str, Any], seen: Counter[str]) -> str | int:

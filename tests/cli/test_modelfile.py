@@ -83,7 +83,20 @@ def test_a_broken_generation_config_is_named(run_cli: Run, model: Path) -> None:
     code, _, err = run_cli("modelfile", model)
     assert code == 3
     assert "generation_config.json is not JSON" in err
+    (model.parent / "generation_config.json").write_text("[]")
+    code, _, err = run_cli("modelfile", model)
+    assert code == 3
+    assert "generation_config.json does not hold a JSON object" in err
     assert not (model.parent / "Modelfile").exists()
+
+
+def test_another_file_in_utf_16_is_not_replaced(run_cli: Run, model: Path) -> None:
+    kept = "FROM x\n".encode("utf-16")
+    (model.parent / "Modelfile").write_bytes(kept)
+    code, _, err = run_cli("modelfile", model)
+    assert code == 2
+    assert "says something else" in err
+    assert (model.parent / "Modelfile").read_bytes() == kept
 
 
 def test_without_a_model_it_takes_the_newest_and_says_so(run_cli: Run, model: Path) -> None:

@@ -13,12 +13,12 @@ import pytest
 from ggufkit import pipeline
 from ggufkit.errors import GgufkitError, IntegrityError, SourceError, UsageError
 from ggufkit.evaluate import by_bytes, comparison
-from ggufkit.evaluate.texts import load_text
 from ggufkit.llamacpp import host, toolchain
 from ggufkit.llamacpp.scoring import Scorer
 from ggufkit.llamacpp.toolchain import NativeBuild
 from ggufkit.progress import Silent
 from ggufkit.store import Store
+from ggufkit.texts.load import load_text
 from ggufkit.values import Comparison, ComparisonReport
 from tests.factory import break_gguf, make_checkpoint
 

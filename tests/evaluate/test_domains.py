@@ -12,7 +12,7 @@ from ggufkit.evaluate.domains import (
     worst_by_divergence,
     worst_by_perplexity,
 )
-from ggufkit.evaluate.texts import keep_text
+from ggufkit.texts.load import keep_text
 from ggufkit.values import EvalResult, Text
 from tests.evaluate.reporting import comparison
 

@@ -1,6 +1,7 @@
 """Measuring on what a model was calibrated on is noticed."""
 
 import dataclasses
+import hashlib
 import json
 import random
 import shutil
@@ -14,11 +15,11 @@ from ggufkit import pipeline
 from ggufkit.errors import GgufkitError
 from ggufkit.evaluate import leaks
 from ggufkit.evaluate.leaks import RUN_WORDS, THRESHOLD, Calibrated, overlap
-from ggufkit.evaluate.texts import load_text
 from ggufkit.library import manifest_of
 from ggufkit.llamacpp.toolchain import NativeBuild
 from ggufkit.progress import SILENT
 from ggufkit.store import Store
+from ggufkit.texts.load import load_calibration, load_text
 from ggufkit.values import AwqOptions, Calibration
 from tests.factory import make_checkpoint
 
@@ -91,6 +92,18 @@ def test_chats_are_read_for_what_they_say(tmp_path: Path) -> None:
     chats = file(tmp_path / "chats.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     # Only what goes on from one chat into the next is not there.
     assert overlap(file(tmp_path / "text.txt", " ".join(said)), chats) == pytest.approx(1, abs=0.05)
+
+
+def test_short_turns_are_found_in_the_bare_text_of_chats(tmp_path: Path) -> None:
+    """Names of roles do not stand between turns in a text, so they do not in runs."""
+    turns = [
+        {"role": "user", "content": "Where do hedgehogs sleep in winter, and for how long?"},
+        {"role": "assistant", "content": [{"type": "text", "text": "Under leaves, for months."}]},
+    ]
+    chats = file(tmp_path / "chats.jsonl", json.dumps({"messages": turns * 3}) + "\n")
+    cache = tmp_path / "cache"
+    said = load_text(str(chats), column="messages", cache=cache)
+    assert overlap(said.path, load_calibration(str(chats), cache=cache).path) == 1
 
 
 def test_runs_go_on_from_block_to_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,6 +384,20 @@ def test_the_text_is_found_by_its_digest_or_its_name(tmp_path: Path) -> None:
     assert find(Calibrated("AWQ", "pydoc-calibration")) is not None
     assert find(Calibrated("AWQ")) is None
     assert find(Calibrated("AWQ", "no-such-text")) is None
+
+
+def test_a_file_of_chats_is_found_by_its_own_digest_too(tmp_path: Path) -> None:
+    """Older records have the digest of the file, newer ones that of its rows in one form."""
+    chat = {"messages": [{"role": "user", "content": prose(1)}]}
+    path = file(tmp_path / "chats.jsonl", json.dumps(chat) + "\n")
+    cache = tmp_path / "cache"
+    kept = load_calibration(str(path), cache=cache)
+    for digest in (hashlib.sha256(path.read_bytes()).hexdigest(), kept.digest):
+        record = Calibrated("AWQ", str(path), digest)
+        assert leaks.find_calibration(record, cache, SILENT) == kept.path
+    assert leaks.find_calibration(Calibrated("AWQ", str(path), "0" * 64), cache, SILENT) is None
+    said = file(tmp_path / "said.txt", prose(1))
+    assert leaks.overlap(said, kept.path) == 1
 
 
 def test_of_a_stray_file_nothing_is_known(

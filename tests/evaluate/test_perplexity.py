@@ -9,10 +9,10 @@ import pytest
 
 from ggufkit import pipeline
 from ggufkit.evaluate import leaks
-from ggufkit.evaluate.texts import load_text
 from ggufkit.llamacpp import toolchain
 from ggufkit.llamacpp.toolchain import NativeBuild
 from ggufkit.store import Store
+from ggufkit.texts.load import load_text
 from tests.factory import make_checkpoint
 
 Run = Callable[..., tuple[int, str, str]]

@@ -24,9 +24,9 @@ from ggufkit.evaluate.report.provenance import provenance_of
 from ggufkit.evaluate.report.typemap import type_map
 from ggufkit.evaluate.report.values import Report, Study
 from ggufkit.evaluate.results import read_results
-from ggufkit.evaluate.texts import load_text
 from ggufkit.llamacpp.gguf import read_gguf
 from ggufkit.store import Store
+from ggufkit.texts.load import load_text
 from ggufkit.values import BenchOptions, Comparison, RunManifest
 from tests.evaluate.reporting import (
     DIVERGENCES,

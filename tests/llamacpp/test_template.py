@@ -2,7 +2,7 @@
 
 import pytest
 
-from ggufkit.llamacpp.template import Message, TemplateError, render
+from ggufkit.llamacpp.template import Message, RefusedError, TemplateError, normalized, render
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -33,6 +33,19 @@ indented
     {% endif %}
 """
 
+OFFERED = """\
+{{ messages | tojson(separators=(',', ':'), sort_keys=True) }}{{ 'é<' | tojson }}
+{{ messages[0] | tojson(ensure_ascii=true, indent=' ') }}
+{{ strftime_now(format='%Y') }}{{ strftime_now('%m') }}
+{%- set ns = namespace(dict(a=1), self=2) %}{% set ns.b = 3 %}{{ ns.a }}{{ ns.self }}{{ ns.b }}
+{{ dict.fromkeys(['x'], 0) }}{{ dict([('y', 1)], z=2) }}{{ tools is none }}{{ documents }}
+{%- set inside = 'before' %}
+{%- for message in messages %}
+    {%- generation %}{% set inside = 'after' %}{{ loop.index }}{{ message.role }}{% endgeneration %}
+    {{- inside }}{% if loop.index == 2 %}{% break %}{% endif %}
+{%- endfor %}
+"""
+
 CONVERSATION: list[Message] = [
     {"role": "system", "content": "Be <b>brief</b>"},
     {"role": "user", "content": " Grüß dich \U0001f600 "},
@@ -42,7 +55,11 @@ CONVERSATION: list[Message] = [
 
 
 @pytest.mark.parametrize("length", [1, 2, 4])
-@pytest.mark.parametrize("template", [CHATML, LLAMA2, TOOLS], ids=["chatml", "llama2", "tools"])
+@pytest.mark.parametrize(
+    "template",
+    [CHATML, LLAMA2, TOOLS, OFFERED],
+    ids=["chatml", "llama2", "tools", "all that is offered"],
+)
 def test_renders_as_transformers_does(template: str, length: int) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -57,6 +74,15 @@ def test_renders_as_transformers_does(template: str, length: int) -> None:
     assert render(template, messages, bos="<s>", eos="</s>") == theirs[0]
 
 
+def test_a_message_loses_what_is_none_and_has_its_reasoning_under_each_name() -> None:
+    from transformers.utils.chat_template_utils import _alias_reasoning_fields
+
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        message = {"role": "assistant", "content": "x", name: "because"}
+        assert [normalized(message)] == _alias_reasoning_fields([message])
+    assert normalized({"role": "user", "content": None, "reasoning": None}) == {"role": "user"}
+
+
 def test_a_message_is_text_and_no_template() -> None:
     assert "{{ bos_token }} and\nmore" in render(CHATML, CONVERSATION, bos="<s>")
 
@@ -67,7 +93,7 @@ def test_further_names_reach_the_template() -> None:
 
 def test_a_refusal_is_told_in_the_template_s_words() -> None:
     template = "{{ raise_exception('Roles must alternate') }}"
-    with pytest.raises(TemplateError, match="refuses this: Roles must alternate") as caught:
+    with pytest.raises(RefusedError, match="refuses this: Roles must alternate") as caught:
         render(template, CONVERSATION)
     assert caught.value.hint == ""
 
@@ -84,6 +110,11 @@ def test_a_refusal_is_told_in_the_template_s_words() -> None:
         "{{ messages.append(1) }}",
         "{% include '/etc/passwd' %}",
         "{% for i in range(999999999) %}{% endfor %}",
+        "{% set ns = namespace(_a=1) %}",
+        "{% set ns = namespace() %}{% set ns._a = 1 %}",
+        "{{ dict.mro() }}",
+        "{{ messages | tojson(nosuchoption=1) }}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     ],
 )
 def test_a_broken_or_wicked_template_is_an_error(template: str) -> None:

@@ -2,8 +2,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
+from pyarrow import parquet
 from transformers import AutoTokenizer
 
 from ggufkit.checkpoint.index import CheckpointIndex, open_checkpoint
@@ -188,7 +190,7 @@ def test_a_template_may_refuse_a_chat(tmp_path: Path) -> None:
     (model / "tokenizer_config.json").write_text(json.dumps(config))
     system = [{"role": "system", "content": "Be brief."}, *CHAT]
     path = write_rows(tmp_path / "chats.jsonl", {"messages": CHAT}, {"messages": system})
-    with pytest.raises(CheckpointError, match=r"refuses line 2 of chats\.jsonl: No system") as told:
+    with pytest.raises(CheckpointError, match=r"line 2 of chats\.jsonl: .*No system") as told:
         read_documents(path, open_checkpoint(model))
     assert "system message" in told.value.hint
 
@@ -229,11 +231,11 @@ def test_control_tokens_of_the_template_are_tokens(index: CheckpointIndex, tmp_p
     ("bad", "why"),
     [
         ({"question": "q"}, "has no 'answer'"),
-        ({"question": "q", "answer": None}, "'answer' is not text"),
+        ({"question": "q", "answer": None}, "has no 'answer'"),
         ({"question": ["q"], "answer": "a"}, "'question' is not text"),
-        ({"instruction": "q", "input": 7, "output": "a"}, "'input' is not text"),
+        ({"question": "q", "input": 7, "answer": "a"}, "'input' is not text"),
         ({"question": "q", "answer": "\ud800"}, "half a surrogate pair"),
-        ({"messages": CHAT}, "has no 'question'"),
+        ({"question": "q", "answer": " "}, "'answer' is blank"),
         ([], "no JSON object"),
     ],
     ids=str,
@@ -241,7 +243,8 @@ def test_control_tokens_of_the_template_are_tokens(index: CheckpointIndex, tmp_p
 def test_a_line_that_is_no_pair_is_named(
     bad: Any, why: str, index: CheckpointIndex, tmp_path: Path
 ) -> None:
-    path = write_rows(tmp_path / "pairs.jsonl", {"question": "q", "answer": "a"}, bad)
+    good = {key: "some" for key in bad} or {"question": "q", "answer": "a"}
+    path = write_rows(tmp_path / "pairs.jsonl", {"answer": "a", **good}, bad)
     with pytest.raises(GgufkitError, match=why) as told:
         read_documents(path, index)
     assert "line 2 of pairs.jsonl" in told.value.message
@@ -283,3 +286,157 @@ def test_a_line_that_is_no_chat_is_named(
     with pytest.raises(GgufkitError, match=why) as told:
         read_documents(path, index)
     assert "line 2 of chats.jsonl" in told.value.message
+
+
+# --- rendered as transformers does ---
+
+CALLS = """\
+{{ bos_token }}{% if tools %}<tools>{{ tools | tojson }}</tools>
+{% endif %}{% for m in messages %}<{{ m.role }}>
+{%- if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}
+{{ m.content or "" }}
+{%- for c in m.tool_calls or [] %}<call>{{ c.function.name }}
+{{- c.function.arguments | tojson }}</call>{% endfor %}{{ eos_token }}
+{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
+PARTS = """\
+{% for m in messages %}[{{ m.role }}]{% for part in m.content %}{{ part.text }}{% endfor %}
+{% endfor %}"""
+CALL = {"id": "a", "type": "function", "function": {"name": "look", "arguments": {"x": [1]}}}
+LOOK = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+SYSTEM = {"role": "system", "content": "Speak like a sailor."}
+ANSWERED = [
+    {"role": "user", "content": "w?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "a", "content": "ok"},
+    {"role": "assistant", "content": "fine", "reasoning_content": "It is over."},
+]
+
+
+def with_template(directory: Path, template: Any) -> Path:
+    """A checkpoint with a template of its own; None for none."""
+    model = make_checkpoint(directory / "model")
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    config |= {} if template is None else {"chat_template": template}
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    return model
+
+
+class Log:
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+@pytest.mark.parametrize("template", ["own", CALLS], ids=["chatml", "calls"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_what_a_row_says_reaches_the_template(
+    template: str, suffix: str, index: CheckpointIndex, tmp_path: Path
+) -> None:
+    """Calls, functions, reasoning, system and history, as transformers renders them."""
+    if template != "own":
+        index = open_checkpoint(with_template(tmp_path, template))
+    tokenizer = AutoTokenizer.from_pretrained(index.path)
+    chats = [{"messages": [SYSTEM, *ANSWERED], "tools": [LOOK]}, {"messages": CHAT}]
+    path = tmp_path / f"chats{suffix}"
+    if suffix == ".jsonl":
+        write_rows(path, *chats)
+    else:
+        columns = {key: [chat.get(key) for chat in chats] for key in ("messages", "tools")}
+        parquet.write_table(pa.table(columns), path)
+    expected = [
+        tokenizer.apply_chat_template(chat["messages"], tools=chat.get("tools"), tokenize=False)
+        for chat in chats
+    ]
+    documents, _ = read_documents(path, index)
+    assert documents == expected
+    assert "sailor" in documents[0]
+    if template == CALLS:
+        assert '<call>look{"x": [1]}</call>' in documents[0]
+        assert "<think>It is over.</think>" in documents[0]
+        assert '<tools>[{"type": "function"' in documents[0]
+        assert "<tools>" not in documents[1]
+
+
+def test_system_and_history_of_pairs_are_turns(index: CheckpointIndex, tmp_path: Path) -> None:
+    row = {
+        **{"system": SYSTEM["content"], "instruction": "third", "input": "", "output": "c"},
+        "history": [["first", "a"]],
+    }
+    turns = [
+        SYSTEM,
+        *({"role": "user", "content": "first"}, {"role": "assistant", "content": "a"}),
+        *({"role": "user", "content": "third"}, {"role": "assistant", "content": "c"}),
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(index.path)
+    assert read_documents(write_rows(tmp_path / "pairs.jsonl", row), index) == (
+        [tokenizer.apply_chat_template(turns, tokenize=False)],
+        "pairs",
+    )
+
+
+def test_a_template_that_wants_parts_gets_parts(tmp_path: Path) -> None:
+    model = with_template(tmp_path, PARTS)
+    parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in CHAT]
+    theirs = AutoTokenizer.from_pretrained(model).apply_chat_template(parts, tokenize=False)
+    assert "share a scale" in theirs
+    path = write_rows(tmp_path / "chats.jsonl", {"messages": CHAT}, {"messages": parts})
+    assert read_documents(path, open_checkpoint(model))[0] == [theirs, theirs]
+
+
+def test_parts_are_text_where_a_template_wants_text(index: CheckpointIndex, tmp_path: Path) -> None:
+    parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in CHAT]
+    theirs = AutoTokenizer.from_pretrained(index.path).apply_chat_template(CHAT, tokenize=False)
+    path = write_rows(tmp_path / "chats.jsonl", {"messages": parts})
+    assert read_documents(path, index)[0] == [theirs]
+
+
+def test_the_template_of_tools_is_for_conversations_with_tools(tmp_path: Path) -> None:
+    named = [
+        {"name": "default", "template": "plain {{ messages | length }}"},
+        {"name": "tool_use", "template": "{{ tools | length }} tools"},
+    ]
+    index = open_checkpoint(with_template(tmp_path, named))
+    rows = {"messages": CHAT}, {"messages": CHAT, "tools": [LOOK]}
+    documents, _ = read_documents(write_rows(tmp_path / "chats.jsonl", *rows), index)
+    assert documents == ["plain 2", "1 tools"]
+
+
+@pytest.mark.parametrize("row", [{"messages": CHAT}, {"question": "q", "answer": "a"}], ids=str)
+def test_named_templates_without_a_default_are_named(row: dict[str, Any], tmp_path: Path) -> None:
+    named = [{"name": "rag", "template": "x"}, {"name": "tool_use", "template": "y"}]
+    index = open_checkpoint(with_template(tmp_path, named))
+    with pytest.raises(CheckpointError, match="rag, tool_use"):
+        read_documents(write_rows(tmp_path / "chats.jsonl", row), index)
+
+
+def test_the_file_of_the_template_comes_first(tmp_path: Path) -> None:
+    model = with_template(tmp_path, "old")
+    (model / "chat_template.jinja").write_text("new")
+    path = write_rows(tmp_path / "chats.jsonl", {"messages": CHAT})
+    assert read_documents(path, open_checkpoint(model))[0] == ["new"]
+
+
+def test_what_a_template_leaves_out_is_counted(index: CheckpointIndex, tmp_path: Path) -> None:
+    path = write_rows(
+        tmp_path / "chats.jsonl", {"messages": CHAT}, {"messages": ANSWERED, "tools": [LOOK]}
+    )
+    log = Log()
+    read_documents(path, index, progress=log)  # type: ignore[arg-type]
+    for what in ("tools", "calls", "reasoning"):
+        told = f"1 of 2 conversations have {what}, which the chat template leaves out"
+        assert any(told in warning for warning in log.warnings)
+    everything = open_checkpoint(with_template(tmp_path, CALLS))
+    log = Log()
+    read_documents(path, everything, progress=log)  # type: ignore[arg-type]
+    assert log.warnings == []
+
+
+def test_rows_left_out_are_counted(index: CheckpointIndex, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "chats.jsonl", *[{"messages": CHAT}] * 3, {"messages": []})
+    log = Log()
+    documents, _ = read_documents(path, index, progress=log)  # type: ignore[arg-type]
+    assert len(documents) == 3
+    assert "1 of 4 rows is left out" in log.warnings[0]

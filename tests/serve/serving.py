@@ -35,8 +35,8 @@ class FakeWords(Letters):
 
     longest_piece = 1
 
-    def tokenize(self, text: str, *, special: bool = True) -> list[int]:
-        return list(text.encode())
+    def tokenize(self, text: str, *, special: bool = True, ends: bool = False) -> list[int]:
+        return [*text.encode(), *(b"$" if ends else b"")]
 
 
 class FakeScorer:

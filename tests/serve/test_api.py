@@ -262,13 +262,22 @@ def test_what_cannot_be_is_refused(api: Running) -> None:
 # Embeddings and tokens.
 
 
+def test_a_text_to_embed_ends_as_the_tokenizer_ends_it(api: Running) -> None:
+    asked = {"input": ["ab", "abc"]}
+    usage = api.http.post("/v1/embeddings", json=asked).json()["usage"]
+    assert usage["prompt_tokens"] == len("ab$") + len("abc$")
+    tokens = api.http.post("/v1/embeddings", json={"input": [list(b"ab")]}).json()["usage"]
+    assert tokens["prompt_tokens"] == len("ab"), "tokens are taken as they are"
+    assert api.chat("x").json()["usage"]["prompt_tokens"] == len("<user>x<a>")
+
+
 def test_embeddings_are_of_length_one(api: Running) -> None:
     asked = {"input": ["ab", "c"]}
     answer = api.http.post("/v1/embeddings", json=asked).json()
     vectors = [row["embedding"] for row in answer["data"]]
     assert [sum(x * x for x in v) for v in vectors] == pytest.approx([1, 1])
-    assert vectors[0][0] / vectors[0][1] == pytest.approx((97 + 98) / 2)
-    assert answer["usage"] == {"prompt_tokens": 3, "total_tokens": 3}
+    assert vectors[0][0] / vectors[0][1] == pytest.approx((97 + 98 + 36) / 3)
+    assert answer["usage"] == {"prompt_tokens": 5, "total_tokens": 5}
     packed = api.http.post("/v1/embeddings", json={**asked, "encoding_format": "base64"}).json()
     raw = base64.b64decode(packed["data"][0]["embedding"])
     assert struct.unpack("<2f", raw) == pytest.approx(vectors[0])
@@ -331,6 +340,16 @@ BAD = {
     "a role that is none": b'{"messages": [{"role": "king", "content": "x"}]}',
     "an image": b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
 }
+
+
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", "file"])
+def test_what_is_not_text_is_refused_by_name(api: Running, kind: str) -> None:
+    content = [{"type": "text", "text": "What is it?"}, {"type": kind, kind: {"url": "data:,"}}]
+    messages = [{"role": "user", "content": content}]
+    error = told(api.http.post("/v1/chat/completions", json={"messages": messages}), 400)
+    assert f"type '{kind}'" in error["message"]
+    assert "text alone, without images" in error["message"]
+    assert error["param"] == "messages.0.content"
 
 
 @pytest.mark.parametrize("body", BAD.values(), ids=BAD)

@@ -81,6 +81,20 @@ def test_made_ids_do_not_depend_on_the_order() -> None:
     assert read(turned)[0].id == ids[0]
 
 
+def test_messages_may_have_parts_calls_and_reasoning() -> None:
+    function = {"name": "f", "arguments": '{"x": 1}'}
+    talk = [
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "function": function}]},
+        {"role": "tool", "content": "1", "tool_call_id": "c", "name": "f"},
+        {"role": "assistant", "content": "Ho", "reasoning_content": "because"},
+        {"role": "user", "content": "And then?"},
+    ]
+    (row,) = read({"messages": talk})
+    assert row.messages is not None
+    assert list(row.messages) == talk
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -96,7 +110,19 @@ def test_made_ids_do_not_depend_on_the_order() -> None:
         ({"prompt": None}, "prompt is not text"),
         ({"messages": []}, "not a list of messages"),
         ({"messages": ["Hi"]}, "a message is not a role"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "a message is not a role"),
+        ({"messages": [{"role": "king", "content": "x"}]}, "a message is not a role"),
+        ({"messages": [{"role": "user", "content": 5}]}, "neither text nor a list of parts"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "a part of type 'image'",
+        ),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, "a part of type 'None'"),
+        ({"messages": [{"role": "user", "content": "x", "images": []}]}, "no field 'images'"),
+        ({"messages": [{"role": "user", "content": "x", "name": 5}]}, "name of a message is not"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"name": "f"}]}]},
+            "tool_calls of a message is no list",
+        ),
         ({"messages": [{"role": "user", "content": None}]}, "a message is not a role"),
         ({"messages": [{"role": "user"}]}, "a message is not a role"),
         ({"prompt": "a", "temprature": 1}, "no field 'temprature'"),

@@ -27,8 +27,8 @@ from ggufkit.evaluate.report.shelf import Shelf
 from ggufkit.evaluate.report.typemap import type_map
 from ggufkit.evaluate.report.values import Entry, ModelFile, Recommendation, Report, Study
 from ggufkit.evaluate.results import Results, Stored, Value
-from ggufkit.evaluate.texts import BUILT_IN
 from ggufkit.llamacpp.host import cpu_identity
+from ggufkit.texts.load import BUILT_IN
 from ggufkit.values import Comparison, EvalResult, SpeedResult, TaskResult
 
 _Score = Comparison | EvalResult

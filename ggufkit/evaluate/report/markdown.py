@@ -131,11 +131,12 @@ def _types(study: Study) -> Iterator[str]:
 def _provenance(study: Study) -> Iterator[str]:
     yield "### Where it all comes from"
     yield _table(
-        ["File", "Origin", "Calibrated on", "llama.cpp", "Made", "SHA-256"],
+        ["File", "Origin", "Verified", "Calibrated on", "llama.cpp", "Made", "SHA-256"],
         [
             [
                 entry.file,
                 entry.provenance.origin or "not known",
+                entry.provenance.verified or "not known",
                 tables.calibration(entry.provenance),
                 entry.provenance.llama_cpp or "not known",
                 words.moment(entry.provenance.created) or "not known",

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ggufkit.evaluate.report.values import ModelFile, Provenance
-from ggufkit.values import Calibration, GGUFFile, Json, RunManifest
+from ggufkit.values import Calibration, GGUFFile, Json, RunManifest, verification_in_words
 
 Makers = Mapping[str, RunManifest]
 """Digest of a file to the manifest of the stage that wrote it."""
@@ -27,6 +27,7 @@ def provenance_of(digest: str, file: ModelFile | None, makers: Makers) -> Proven
         llama_cpp=str(manifest.tool.get("llama.cpp", "")),
         created=manifest.created,
         command=_command(manifest, makers),
+        verified=verification_in_words(manifest.facts),
     )
 
 
@@ -45,7 +46,7 @@ def _origin(manifest: RunManifest, makers: Makers) -> str:
     return told
 
 
-_RECIPE_OPTIONS = {"recipe", "stem", "allow_requantize"}
+_RECIPE_OPTIONS = {"recipe", "stem", "allow_requantize", "verify", "allow_difference"}
 _ROUNDING_OPTIONS = {"rounding", "calibration", "samples", "length", "seed"}
 _SEARCH_OPTIONS = {
     *("samples", "length", "seed", "plan", "imatrix", "exact", "stored", "clip", "sensitivity"),
@@ -72,6 +73,9 @@ def _command(manifest: RunManifest, makers: Makers) -> str:
     if ways is None:
         return ""
     source = "demo" if origin.startswith("demo ") else origin
+    ways += [] if manifest.options.get("verify", True) else ["--no-verify"]
+    for name in manifest.options.get("allow_difference") or ():
+        ways += ["--allow-difference", str(name)]
     return shlex.join(["ggufkit", "convert", source, *type, *ways])
 
 

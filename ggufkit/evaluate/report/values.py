@@ -88,6 +88,7 @@ class Provenance:
         llama_cpp: commit that made the file; empty if that is not known.
         created: UTC time of making, ISO 8601; empty if that is not known.
         command: what to type to make it again; empty if that is not known.
+        verified: what came of comparing it with its checkpoint; empty if that is not known.
     """
 
     sha256: str
@@ -97,6 +98,7 @@ class Provenance:
     llama_cpp: str = ""
     created: str = ""
     command: str = ""
+    verified: str = ""
 
 
 @dataclass(frozen=True)

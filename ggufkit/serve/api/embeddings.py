@@ -35,7 +35,7 @@ async def embeddings(http: HttpRequest, asked: EmbeddingRequest) -> Response:
         def plan() -> list[EmbedRequest]:
             return [
                 EmbedRequest(
-                    hosted.tokens_of(text),
+                    hosted.tokens_of(text, ends=True),
                     client=user,
                     timeout_seconds=service.limits.timeout_seconds,
                 )

@@ -7,7 +7,8 @@ where they are used, once. Unknown fields are ignored, as clients send many.
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic_core import PydanticCustomError
 
 from ggufkit.llamacpp.sampling import RANDOM_SEED, SamplingParams
 from ggufkit.serve.api.errors import ApiError
@@ -147,27 +148,45 @@ class ChatMessage(_Schema):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
     name: str | None = None
     tool_calls: list[CallMade] | None = None
     tool_call_id: str | None = None
 
+    @field_validator("content", mode="before")
+    @classmethod
+    def _text_alone(cls, content: Any) -> Any:
+        """Say what is not taken, where pydantic would only say what is."""
+        for part in content if isinstance(content, list) else ():
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(kind, str) and kind != "text":
+                raise PydanticCustomError(
+                    "text_alone",
+                    "a part of type '{kind}' cannot be answered: models are served with text "
+                    "alone, without images, sound or files",
+                    {"kind": kind[:40]},
+                )
+        return content
+
     def plain(self) -> dict[str, Any]:
-        """As templates expect it.
+        """As templates expect it; the template's rule decides on the form of it.
 
         Raises:
             ApiError: if arguments of a call are no JSON object.
         """
-        content = self.content
-        if isinstance(content, list):
-            content = "".join(part.text for part in content)
+        content = (
+            [part.model_dump() for part in self.content]
+            if isinstance(self.content, list)
+            else self.content
+        )
         role = "system" if self.role == "developer" else self.role
-        told: dict[str, Any] = {"role": role, "content": content or ""}
+        told: dict[str, Any] = {"role": role, "content": content}
         if self.tool_calls:
             told["tool_calls"] = [_plain_call(call) for call in self.tool_calls]
-        if self.name is not None:
-            told["name"] = self.name
-        if self.tool_call_id is not None:
-            told["tool_call_id"] = self.tool_call_id
+        for name in ("reasoning_content", "reasoning", "name", "tool_call_id"):
+            if (value := getattr(self, name)) is not None:
+                told[name] = value
         return told
 
 

@@ -12,8 +12,10 @@ import zstandard
 from huggingface_hub import constants
 
 from ggufkit.errors import GgufkitError, IntegrityError, SourceError, UsageError
-from ggufkit.evaluate import texts
-from ggufkit.evaluate.texts import BUILT_IN, HEAD_CHARACTERS, load_calibration, load_text
+from ggufkit.texts import datasets, stdlib
+from ggufkit.texts import load as texts
+from ggufkit.texts.datasets import HEAD_CHARACTERS
+from ggufkit.texts.load import BUILT_IN, load_calibration, load_text
 from tests.sources.hubs import Hub, serving
 from tests.sources.test_modelscope import use as use_modelscope
 
@@ -223,9 +225,9 @@ def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_json_lines_that_are_not(tmp_path: Path) -> None:
     error = refused(file(tmp_path, "a.jsonl", '{"text": "x"}\n{"te'), tmp_path, IntegrityError)
-    assert "line 2: not a JSON value" in error.message
+    assert "line 2 of a.jsonl is not JSON" in error.message
     error = refused(file(tmp_path, "b.json", '["one", "two"]'), tmp_path)
-    assert "line 1: not a JSON object" in error.message
+    assert "row 1 of b.json is no JSON object" in error.message
     error = refused(file(tmp_path, "c.jsonl", b'{"text": "\xff"}'), tmp_path)
     assert "not UTF-8" in error.message
     error = refused(file(tmp_path, "d.jsonl", '{"text": "\\ud800"}'), tmp_path)
@@ -266,7 +268,7 @@ def test_docstrings_come_from_source_that_is_not_run(
     (library / "c.py").write_text(f'"""Second. {long}"""\nclass C:\n    """Short."""\n')
     (library / "bad.py").write_text('"""\n')
     (library / "test/d.py").write_text(f'"""Test. {long}"""\n')
-    monkeypatch.setattr(texts.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
+    monkeypatch.setattr(stdlib.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
     expected = f"First. {long}\n\nSecond. {long}\n"
     assert content("stdlib-docstrings", tmp_path) == expected
 
@@ -296,7 +298,7 @@ def test_the_true_wikitext_gives_no_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digest = hashlib.sha256(WIKI_FILE.encode()).hexdigest()
-    monkeypatch.setattr(texts, "_WIKITEXT_SHA256", digest)
+    monkeypatch.setattr(datasets, "_WIKITEXT_SHA256", digest)
     progress = Warnings()
     file(tmp_path, "wiki.test.raw", WIKI_FILE)
     content("wikitext", tmp_path, text_dir=tmp_path, progress=progress)
@@ -315,7 +317,7 @@ def test_wikitext_from_the_hubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             archive.writestr("wikitext-2-raw/wiki.test.raw", WIKI_FILE)
         return into / "w.zip"
 
-    monkeypatch.setattr(texts, "_download", download)
+    monkeypatch.setattr(datasets, "_download", download)
     monkeypatch.setenv("GGUFKIT_HUB", "modelscope")
     progress = Warnings()
     text = load_text("wikitext", cache=tmp_path, progress=progress)
@@ -347,7 +349,7 @@ def test_wikitext_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def download(hub: str, *_: object) -> Path:
         raise SourceError(f"{hub} does not answer")
 
-    monkeypatch.setattr(texts, "_download", download)
+    monkeypatch.setattr(datasets, "_download", download)
     error = refused("wikitext", tmp_path)
     assert "huggingface does not answer" in error.message
     assert "modelscope does not answer" in error.message
@@ -356,7 +358,7 @@ def test_wikitext_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_damaged_download_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = file(tmp_path, "w.zip", b"PK")
-    monkeypatch.setattr(texts, "_download", lambda *_: broken)
+    monkeypatch.setattr(datasets, "_download", lambda *_: broken)
     error = refused("wikitext", tmp_path, IntegrityError)
     assert f"Remove {broken}" in error.hint
 
@@ -556,7 +558,7 @@ def test_without_network_every_place_is_named(
     def download(hub: str, repository: str, *_: object) -> Path:
         raise SourceError(f"{repository} does not answer")
 
-    monkeypatch.setattr(texts, "_download", download)
+    monkeypatch.setattr(datasets, "_download", download)
     error = refused(name, tmp_path)
     assert f"{name} cannot be fetched" in error.message
     assert error.message.count("does not answer") >= 2
@@ -573,15 +575,31 @@ SHARED = {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", 
     "row", [CHAT, SHARED, PAIRS[0], {"question": "Why?", "answer": "So."}], ids=str
 )
 @pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf", b"\n"])
-def test_chats_and_pairs_stay_rows(row: object, start: bytes, tmp_path: Path) -> None:
+def test_chats_and_pairs_become_rows_of_one_form(row: object, start: bytes, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(start + json.dumps(row).encode() + b"\n")
     text = load_calibration(str(path), cache=tmp_path / "cache")
-    assert text.path == path
-    assert (text.name, text.source) == (str(path), str(path))
-    assert text.digest == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert text.nbytes == path.stat().st_size
-    assert not (tmp_path / "cache").exists()
+    raw = text.path.read_bytes()
+    assert text.path == tmp_path / "cache/texts" / f"{text.digest[:16]}.jsonl"
+    assert text.digest == hashlib.sha256(raw).hexdigest()
+    assert (text.name, text.source, text.nbytes) == (str(path), str(path), len(raw))
+    again = load_calibration(str(text.path), cache=tmp_path / "cache")
+    assert (again.path, again.digest) == (text.path, text.digest)
+    # Each row keeps its line, so that errors name it.
+    assert raw.count(b"\n", 0, raw.index(b"{")) == start.count(b"\n")
+
+
+@pytest.mark.parametrize("suffix", [".json", ".parquet", ".feather", ".arrow"])
+def test_the_container_does_not_matter(suffix: str, tmp_path: Path) -> None:
+    rows = [SHARED, {"conversations": None}, SHARED]
+    lines = file(tmp_path, "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".json":
+        path.write_text(json.dumps(rows, indent=2))
+    else:
+        table(path, {"conversations": [row["conversations"] for row in rows]})
+    expected = load_calibration(str(lines), cache=tmp_path / "cache")
+    assert load_calibration(str(path), cache=tmp_path / "cache").digest == expected.digest
 
 
 @pytest.mark.parametrize(
@@ -606,7 +624,7 @@ def test_other_texts_are_texts(
     ("name", "data", "kind"),
     [
         ("missing.jsonl", None, SourceError),
-        ("a.jsonl", b"", UsageError),
+        ("a.jsonl", b"", SourceError),
         ("a.jsonl", b"GGUF\x03\0\0\0", IntegrityError),
         ("a.jsonl", b'{"text": "\xff"}', SourceError),
         ("a.txt", b"GGUF\x03\0\0\0", SourceError),

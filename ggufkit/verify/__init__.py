@@ -1,0 +1,1 @@
+"""Whether a GGUF is the checkpoint that it was made from."""

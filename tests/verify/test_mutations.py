@@ -1,0 +1,250 @@
+"""Verification passes for each family, and catches what faulty conversions get wrong.
+
+Each mutation changes one thing in a sound GGUF or in the checkpoint beside it, and
+must be caught by the name of what it breaks.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from ggufkit.checkpoint.index import open_checkpoint
+from ggufkit.llamacpp import toolchain
+from ggufkit.llamacpp.gguf import read_gguf
+from ggufkit.llamacpp.toolchain import NativeBuild
+from ggufkit.values import GGUFFile
+from ggufkit.verify.check import Verifier
+from ggufkit.verify.values import Verification
+from tests.factory import ARCHITECTURES, make_checkpoint, write_demo_tokenizer
+from tests.test_factory import BLOCKS, CONVERTED
+from tests.verify.rewriting import rewrite
+
+WITH_BIAS = ("llama", "stablelm")
+"""Families that take biases in attention on request, and whose biases llama.cpp adds."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family's checkpoint and its float GGUF."""
+
+    arch: str
+    checkpoint: Path
+    gguf: Path
+    header: GGUFFile
+    scratch: Path
+
+    @property
+    def name(self) -> str:
+        return str(self.header.metadata["general.architecture"])
+
+    @property
+    def tensors(self) -> set[str]:
+        return {tensor.name for tensor in self.header.tensors}
+
+    def key(self, name: str) -> Any:
+        return self.header.metadata.get(f"{self.name}.{name}")
+
+    def edited(self, **changes: Any) -> Path:
+        """The checkpoint with another config."""
+        copy = self.scratch / "edited"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(self.checkpoint, copy)
+        config = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps(config | changes))
+        return copy
+
+
+@pytest.fixture(scope="module")
+def byte_level(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_demo_tokenizer(demo_gguf, tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module", params=CONVERTED)
+def case(
+    request: pytest.FixtureRequest,
+    byte_level: Path,
+    native: NativeBuild,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Case]:
+    arch = request.param
+    place = tmp_path_factory.mktemp(arch)
+    checkpoint = make_checkpoint(
+        place / arch,
+        arch,
+        layers=BLOCKS.get(arch, 2),
+        hidden=64,
+        intermediate=128,
+        tokenizer=byte_level if ARCHITECTURES[arch].byte_level else None,
+        bias=arch in WITH_BIAS,
+    )
+    gguf = place / f"{arch}.gguf"
+    toolchain.convert_checkpoint(
+        native, checkpoint, gguf, outtype="f32", name=arch, log=place / "log"
+    )
+    yield Case(arch, checkpoint, gguf, read_gguf(gguf), place)
+    shutil.rmtree(place)
+
+
+@pytest.fixture(scope="module")
+def verifier(case: Case) -> Iterator[Verifier]:
+    index = open_checkpoint(case.checkpoint, trust_remote_code=True)
+    trust = ARCHITECTURES[case.arch].code is not None
+    with Verifier(index, trust_remote_code=trust, stored="F32") as verifier:
+        yield verifier
+
+
+def names(found: Verification) -> set[str]:
+    return {m.name for m in found.mismatches if m.error}
+
+
+def test_a_sound_conversion_passes(case: Case, verifier: Verifier) -> None:
+    found = verifier.check(case.gguf)
+    # Phi-3 strips blanks after its control tokens, which no GGUF can say.
+    assert {m.name for m in found.mismatches} <= (
+        {"control-tokens"} if case.arch == "phi3" else set()
+    )
+    assert not found.errors
+    assert found.not_compared == ()
+    assert found.figures["lines"] > 80
+    assert found.figures["positions"] == 48
+    assert found.figures["kl_mean"] < 1e-6
+
+
+Values = npt.NDArray[Any]
+
+
+def _mutated_gguf(case: Case, **changes: Any) -> Path:
+    return rewrite(case.gguf, case.scratch / "mutated.gguf", **changes)
+
+
+def _pre_tokenizer(case: Case) -> Path | None:
+    keys = case.header.metadata
+    if keys["tokenizer.ggml.model"] == "gpt2":
+        return _mutated_gguf(case, keys={"tokenizer.ggml.pre": "llama-bpe"})
+    prefix = bool(keys.get("tokenizer.ggml.add_space_prefix", True))
+    return _mutated_gguf(case, keys={"tokenizer.ggml.add_space_prefix": not prefix})
+
+
+def _lost_added_token(case: Case) -> Path:
+    tokens = list(case.header.metadata["tokenizer.ggml.tokens"])
+    kinds = list(case.header.metadata["tokenizer.ggml.token_type"])
+    number = tokens.index("<|im_end|>")
+    tokens[number], kinds[number] = f"[PAD{number}]", 5
+    keys = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}
+    return _mutated_gguf(case, keys=keys)
+
+
+def _changed_template(case: Case) -> Path:
+    template = case.header.metadata["tokenizer.chat_template"]
+    return _mutated_gguf(
+        case, keys={"tokenizer.chat_template": template.replace("assistant\n", "assistant ")}
+    )
+
+
+def _dropped_bias(case: Case) -> Path | None:
+    name = next(
+        (n for n in sorted(case.tensors) if n.endswith(("attn_q.bias", "attn_qkv.bias"))), None
+    )
+    return name and _mutated_gguf(case, tensors={name: np.zeros_like})
+
+
+def _other_rope_base(case: Case) -> Path | None:
+    base = case.key("rope.freq_base")
+    return base and _mutated_gguf(case, keys={f"{case.name}.rope.freq_base": base * 3})
+
+
+def _permuted_heads(case: Case) -> Path:
+    name = next(
+        n
+        for n in ("blk.0.attn_q.weight", "blk.0.attn_qkv.weight", "blk.0.attn_q_b.weight")
+        if n in case.tensors
+    )
+    heads = int(case.key("attention.head_count"))
+
+    def swap(values: Values) -> Values:
+        rows = values.shape[0] // (1 if "qkv" not in name else 3)
+        size = rows // heads
+        values[: 2 * size] = np.concatenate([values[size : 2 * size], values[:size]])
+        return values
+
+    return _mutated_gguf(case, tensors={name: swap})
+
+
+def _other_output(case: Case) -> Path:
+    """An output matrix that is not the embedding; another order of tokens where it is untied."""
+    shuffle: Callable[[Values], Values] = lambda values: np.roll(values, 7, axis=0)  # noqa: E731
+    if "output.weight" in case.tensors:
+        return _mutated_gguf(case, tensors={"output.weight": shuffle})
+    held: dict[str, Values] = {}
+
+    def keep(values: Values) -> Values:
+        held["output.weight"] = shuffle(values)
+        return values
+
+    first = rewrite(case.gguf, case.scratch / "first.gguf", tensors={"token_embd.weight": keep})
+    return rewrite(first, case.scratch / "mutated.gguf", added=held)
+
+
+def _rescaled_norm(case: Case) -> Path:
+    name = next(n for n in sorted(case.tensors) if "norm" in n and n.endswith(".weight"))
+    return _mutated_gguf(case, tensors={name: lambda values: values * np.float32(1.5)})
+
+
+GGUF_MUTATIONS: dict[str, tuple[Callable[[Case], Path | None], str]] = {
+    "another pre-tokenizer": (_pre_tokenizer, "tokens"),
+    "a lost added token": (_lost_added_token, "vocabulary"),
+    "another template": (_changed_template, "template"),
+    "a dropped bias": (_dropped_bias, "function"),
+    "another RoPE base": (_other_rope_base, "function"),
+    "permuted heads": (_permuted_heads, "function"),
+    "another output matrix": (_other_output, "function"),
+    "a rescaled norm": (_rescaled_norm, "function"),
+}
+
+
+def test_mutated_ggufs_are_caught_by_name(case: Case, verifier: Verifier) -> None:
+    wrong, tried = {}, 0
+    for what, (mutate, name) in GGUF_MUTATIONS.items():
+        mutated = mutate(case)
+        if mutated is None:
+            continue  # the family has no such thing
+        tried += 1
+        found = names(verifier.check(mutated))
+        if name not in found:
+            wrong[what] = found
+    assert not wrong
+    assert tried >= 6
+
+
+def test_mutated_checkpoints_are_caught_by_name(case: Case) -> None:
+    key = "activation_function" if case.arch == "gpt2" else "hidden_act"
+    before = json.loads((case.checkpoint / "config.json").read_text())
+    key = "hidden_activation" if "hidden_activation" in before else key
+    mutations: dict[str, dict[str, Any]] = {
+        "function": {key: "relu"},
+        "end-tokens": {"eos_token_id": [before["eos_token_id"], 7]},
+    }
+    trust = ARCHITECTURES[case.arch].code is not None
+    if trust:
+        del mutations["function"]  # their own code knows one activation alone
+    for name, changes in mutations.items():
+        index = open_checkpoint(case.edited(**changes), trust_remote_code=trust)
+        with Verifier(index, trust_remote_code=trust, stored="F32") as verifier:
+            assert name in names(verifier.check(case.gguf))
+
+
+WINDOWED = ("mistral", "mixtral", "phi3", "gemma2", "gemma3", "cohere2")
+
+
+@pytest.mark.parametrize("case", WINDOWED, indirect=True)
+def test_another_window_is_another_function(case: Case) -> None:
+    index = open_checkpoint(case.edited(sliding_window=8))
+    with Verifier(index, stored="F32") as verifier:
+        assert "function" in names(verifier.check(case.gguf))
