@@ -8,10 +8,10 @@ must keep its traceback.
 
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from ggufkit.errors import CheckpointError, GgufkitError
+from ggufkit.errors import CheckpointError, DiskSpaceError, GgufkitError
 
 _OURS = Path(__file__).parent
 _MISTAKES = (
@@ -47,6 +47,12 @@ def foreign(what: str, hint: str, *, error: type[GgufkitError] = CheckpointError
         if type(caught).__module__ != "pyo3_runtime":
             raise
         raise error(f"{what}: {reason_of(caught)}", hint) from caught
+
+
+def writing(path: Path) -> AbstractContextManager[None]:
+    """For a library that writes a file: a full disk is the common reason to fail."""
+    hint = "Look whether the disk is full, and whether the directory may be written to"
+    return foreign(f"{path} cannot be written", hint, error=DiskSpaceError)
 
 
 def is_ours(error: BaseException) -> bool:

@@ -1,5 +1,6 @@
 """What of a library's failure is told, and what is not hidden."""
 
+import importlib
 import json
 from pathlib import Path
 from types import ModuleType
@@ -8,10 +9,17 @@ from typing import Any
 import pytest
 
 import ggufkit
-from ggufkit.errors import CheckpointError, IntegrityError, UsageError
+from ggufkit.errors import (
+    CheckpointError,
+    DiskSpaceError,
+    IntegrityError,
+    SourceError,
+    UsageError,
+)
 from ggufkit.foreign import foreign, reason_of
 
 OURS = """
+import importlib
 import json
 from ggufkit.foreign import foreign
 
@@ -116,3 +124,29 @@ def test_a_panic_of_rust_is_told() -> None:
 def test_a_reason_is_one_line(error: Exception, reason: str) -> None:
     assert reason_of(error).startswith(reason)
     assert "\n" not in reason_of(error)
+
+
+def test_a_file_that_a_library_cannot_write(tmp_path: Path) -> None:
+    import torch
+
+    from ggufkit.scaling.fold import write_scales
+
+    with pytest.raises(DiskSpaceError, match=r"nowhere/scales\.safetensors cannot be") as told:
+        write_scales(tmp_path / "nowhere" / "scales.safetensors", {"a": torch.ones(2)})
+    assert "disk is full" in told.value.hint
+
+
+@pytest.mark.parametrize("hub", ["huggingface", "modelscope"])
+def test_a_hub_may_fail_in_a_way_of_its_own(hub: str) -> None:
+    """Hugging Face's transfers end with a RuntimeError of their own library, for instance."""
+    from ggufkit.sources import _request
+
+    source = importlib.import_module(f"ggufkit.sources.{hub}")
+    request = _request.Request.__new__(_request.Request)
+    with (
+        pytest.raises(SourceError, match="org/name cannot be fetched: Data processing error"),
+        source._translated("org/name", "main", request),
+    ):
+        raise RuntimeError("Data processing error")
+    with pytest.raises(KeyboardInterrupt), source._translated("org/name", "main", request):
+        raise KeyboardInterrupt

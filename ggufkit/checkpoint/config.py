@@ -9,6 +9,7 @@ from ggufkit.values import Json
 
 TEXT_PARTS = ("text_config", "llm_config", "lm_config", "language_config")
 """Keys of the part about text, in the config of a model with several parts."""
+_FETCH_CONFIG = "Fetch config.json again, or correct it"
 
 
 def text_config(config: Mapping[str, Json]) -> dict[str, Any]:
@@ -41,10 +42,30 @@ def whole_number(config: Mapping[str, Json], *keys: str) -> int | None:
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise CheckpointError(
                 f"{key} of config.json is {value!r}, which is not a natural number",
-                "Fetch config.json again, or correct it",
+                _FETCH_CONFIG,
             )
         return value
     return None
+
+
+def required_size(config: Mapping[str, Json], *keys: str, default: int | None = None) -> int:
+    """A size that is computed with: a natural number above 0.
+
+    Args:
+        config: content of ``config.json``.
+        keys: what architectures call it; the first that is there counts.
+        default: if none is there.
+
+    Raises:
+        CheckpointError: the value is no such number, or is needed and not there.
+    """
+    found = whole_number(config, *keys)
+    size = default if found is None else found
+    if size is None:
+        raise CheckpointError(f"config.json does not say {' or '.join(keys)}", _FETCH_CONFIG)
+    if size < 1:
+        raise CheckpointError(f"{' or '.join(keys)} of config.json is {size}", _FETCH_CONFIG)
+    return size
 
 
 def token_ids(source: str, key: str, value: Json) -> list[int]:

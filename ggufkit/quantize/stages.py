@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ggufkit import settings
+from ggufkit.checkpoint.config import required_size
 from ggufkit.checkpoint.index import CheckpointIndex
-from ggufkit.checkpoint.numbers import whole_number
 from ggufkit.checkpoint.prepare import Prepared
 from ggufkit.errors import CheckpointError, ToolOutputError
 from ggufkit.llamacpp import toolchain
@@ -303,7 +303,7 @@ def _gguf_names(vocab: Path, index: CheckpointIndex) -> dict[str, tuple[str, ...
     arch = next((a for a, name in MODEL_ARCH_NAMES.items() if name == architecture), None)
     if arch is None:
         raise CheckpointError(f"the gguf package does not know the architecture '{architecture}'")
-    blocks = whole_number(index, "num_hidden_layers", "n_layer")
+    blocks = required_size(index.config, "num_hidden_layers", "n_layer")
     names = get_tensor_name_map(arch, blocks)
     found: dict[str, tuple[str, ...]] = {}
     for name in index.tensors:

@@ -57,8 +57,8 @@ def _tokenizer(index: CheckpointIndex, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     with foreign(
-        f"transformers cannot load the tokenizer of {index.path}",
-        "Fetch tokenizer.json, tokenizer_config.json and tokenizer.model again",
+        f"transformers cannot load the tokenizer of {index.path.name}",
+        "Fetch tokenizer.json, tokenizer_config.json, tokenizer.model and config.json again",
     ):
         tokenizer = AutoTokenizer.from_pretrained(index.path, trust_remote_code=trust_remote_code)
     # The warning about texts beyond the context does not apply: they are cut.

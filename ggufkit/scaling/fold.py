@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from ggufkit.checkpoint.index import CheckpointIndex
 from ggufkit.checkpoint.tensors import torch_dtypes
 from ggufkit.errors import IntegrityError
+from ggufkit.foreign import writing
 from ggufkit.scaling.families import Family
 from ggufkit.scaling.groups import BlockGroup, all_groups
 
@@ -154,7 +155,8 @@ def write_scales(path: Path, scales: Scales) -> None:
     from safetensors.torch import save_file
 
     ordered = {name: scales[name].contiguous() for name in sorted(scales)}
-    save_file(ordered, path, metadata={"format": "ggufkit-scales-1"})
+    with writing(path):
+        save_file(ordered, path, metadata={"format": "ggufkit-scales-1"})
 
 
 def read_scales(path: Path) -> dict[str, "torch.Tensor"]:

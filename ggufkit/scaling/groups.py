@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING
 
+from ggufkit.checkpoint.config import required_size
 from ggufkit.checkpoint.index import CheckpointIndex
-from ggufkit.checkpoint.numbers import whole_number
 from ggufkit.errors import CheckpointError
 from ggufkit.scaling.families import EXPERT, AttentionShape, Family, Group
 
@@ -63,18 +63,18 @@ class BlockGroup:
 
 def block_count(index: CheckpointIndex) -> int:
     """Number of blocks of the model."""
-    return whole_number(index, "num_hidden_layers", "n_layer")
+    return required_size(index.config, "num_hidden_layers", "n_layer")
 
 
 def attention_shape(index: CheckpointIndex) -> AttentionShape:
     """Heads and their width, from the config."""
-    query_heads = whole_number(index, "num_attention_heads", "n_head")
-    hidden = whole_number(index, "hidden_size", "n_embd")
+    query_heads = required_size(index.config, "num_attention_heads", "n_head")
+    hidden = required_size(index.config, "hidden_size", "n_embd")
     return AttentionShape(
         query_heads=query_heads,
-        kv_heads=whole_number(index, "num_key_value_heads", default=query_heads),
-        value_dim=whole_number(
-            index, "v_head_dim", "head_dim", default=max(1, hidden // query_heads)
+        kv_heads=required_size(index.config, "num_key_value_heads", default=query_heads),
+        value_dim=required_size(
+            index.config, "v_head_dim", "head_dim", default=max(1, hidden // query_heads)
         ),
     )
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ggufkit.checkpoint.index import CheckpointIndex
 from ggufkit.errors import IntegrityError
+from ggufkit.foreign import writing
 from ggufkit.progress import Progress
 from ggufkit.scaling.families import Family
 from ggufkit.scaling.fold import Scales
@@ -88,7 +89,8 @@ def write_importance(path: Path, importance: Importance) -> None:
     for name in sorted(importance):
         tensors[name + _MEAN] = importance[name].mean.clone()
         tensors[name + _TOKENS] = torch.tensor([importance[name].tokens])
-    save_file(tensors, path, metadata={"format": _FORMAT})
+    with writing(path):
+        save_file(tensors, path, metadata={"format": _FORMAT})
 
 
 def read_importance(path: Path) -> dict[str, InputSquares]:

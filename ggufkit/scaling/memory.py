@@ -7,8 +7,8 @@ disk.
 
 import math
 
+from ggufkit.checkpoint.config import required_size
 from ggufkit.checkpoint.index import CheckpointIndex
-from ggufkit.checkpoint.numbers import whole_number
 from ggufkit.errors import GgufkitError
 from ggufkit.llamacpp import host
 from ggufkit.scaling.families import Family
@@ -57,7 +57,7 @@ def _block_nbytes(index: CheckpointIndex, family: Family, number: int) -> int:
 
 
 def _width(index: CheckpointIndex) -> int:
-    return whole_number(index, "hidden_size", "n_embd")
+    return required_size(index.config, "hidden_size", "n_embd")
 
 
 def require_memory(nbytes: int, what: str) -> None:

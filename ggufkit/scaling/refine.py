@@ -19,8 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ggufkit.checkpoint.config import required_size
 from ggufkit.checkpoint.index import CheckpointIndex
-from ggufkit.checkpoint.numbers import whole_number
+from ggufkit.errors import IntegrityError
+from ggufkit.foreign import foreign, writing
 from ggufkit.llamacpp.ggml import Ggml
 from ggufkit.llamacpp.packing import format_of
 from ggufkit.progress import Progress, Task
@@ -89,7 +91,7 @@ def forecast(
         * (format_of(type).block_nbytes + 16)
         for name, type in maps.items()
     )
-    width = whole_number(index, "hidden_size", "n_embd")
+    width = required_size(index.config, "hidden_size", "n_embd")
     states = 4 * BATCH * length * width * block_count(index)
     vocabulary = max(t.shape[0] for t in index.tensors.values())
     # Logits of one sequence by both models, their logarithms, products and gradients.
@@ -411,7 +413,8 @@ class _Learner:
             for part, tensor in factors.parts().items()
         }
         scratch = path.with_name(f"{path.name}.tmp")
-        save_file(tensors, scratch, metadata={"met": json.dumps(met)})
+        with writing(path):
+            save_file(tensors, scratch, metadata={"met": json.dumps(met)})
         scratch.replace(path)
 
     def _restore(self, path: Path) -> tuple[int, list[float]]:
@@ -420,7 +423,8 @@ class _Learner:
 
         if not path.exists():
             return 0, []
-        with safe_open(path, framework="pt") as file:
+        damaged = foreign(f"{path} is damaged", f"Remove {path}", error=IntegrityError)
+        with damaged, safe_open(path, framework="pt") as file:
             for name, factors in self._factors.items():
                 for part, tensor in factors.parts().items():
                     tensor.copy_(file.get_tensor(f"{name}:{part}"))

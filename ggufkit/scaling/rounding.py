@@ -22,9 +22,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ggufkit.checkpoint.config import required_size
 from ggufkit.checkpoint.index import CheckpointIndex
-from ggufkit.checkpoint.numbers import whole_number
 from ggufkit.errors import IntegrityError
+from ggufkit.foreign import writing
 from ggufkit.llamacpp.ggml import Ggml
 from ggufkit.llamacpp.packing import format_of
 from ggufkit.progress import Progress
@@ -101,7 +102,7 @@ def forecast(
     largest = max(math.prod(shape) for shapes in blocks for shape in shapes) * 8
     # Moments, their damped copies and factors in double precision, and copies in single.
     squares = (8 * 6 + 4 * 4) * _widest(index, family, plan) ** 2
-    width = whole_number(index, "hidden_size", "n_embd")
+    width = required_size(index.config, "hidden_size", "n_embd")
     hidden = 4 * sequences * length * width
     step = 4 * 16 * TOKENS_AT_ONCE * width
     return (
@@ -236,7 +237,8 @@ def write_block(path: Path, packed: "Mapping[str, Bytes]") -> None:
 
     scratch = path.with_name(f".{path.name}.tmp")
     ordered = {name: packed[name] for name in sorted(packed)}
-    save_file(ordered, scratch, metadata={"format": _FORMAT})
+    with writing(path):
+        save_file(ordered, scratch, metadata={"format": _FORMAT})
     scratch.replace(path)
 
 

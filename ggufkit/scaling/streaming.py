@@ -424,7 +424,7 @@ def _empty_model(index: CheckpointIndex, trust_remote_code: bool) -> Any:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    path = index.path / "config.json"
+    path = f"{index.path.name}/config.json"
     with foreign(f"transformers cannot read {path}", _OTHER_VERSION):
         config = AutoConfig.from_pretrained(index.path, trust_remote_code=trust_remote_code)
     # Parameters are empty; buffers such as rotary frequencies are real.

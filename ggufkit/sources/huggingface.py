@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ggufkit.errors import SourceError
+from ggufkit.foreign import is_ours, reason_of
 from ggufkit.sources._hub import Listing, fetch_repository, split_revision, unreachable
 from ggufkit.sources._request import Request
 from ggufkit.values import Checkpoint
@@ -103,4 +104,9 @@ def _translated(repository: str, revision: str | None, request: Request) -> Iter
         # The hub's HTTP library differs between its versions: requests, httpx, httpx2.
         if type(error).__module__.startswith(("httpx", "httpcore", "requests")):
             raise unreachable("Hugging Face", "hf", repository, error, request) from error
-        raise
+        if is_ours(error):
+            raise
+        raise SourceError(
+            f"hf:{repository} cannot be fetched: {reason_of(error)}",
+            "Try again; what was fetched so far is kept",
+        ) from error

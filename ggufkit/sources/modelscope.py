@@ -7,6 +7,7 @@ from functools import partialmethod
 from pathlib import Path
 
 from ggufkit.errors import SourceError
+from ggufkit.foreign import is_ours, reason_of
 from ggufkit.sources._hub import Listing, fetch_repository, split_revision, unreachable
 from ggufkit.sources._request import Request
 from ggufkit.values import Checkpoint
@@ -97,3 +98,10 @@ def _translated(repository: str, revision: str, request: Request) -> Iterator[No
         ) from error
     except (errors.HubError, OSError) as error:
         raise unreachable("ModelScope", "ms", repository, error, request) from error
+    except Exception as error:
+        if is_ours(error):
+            raise
+        raise SourceError(
+            f"ms:{repository} cannot be fetched: {reason_of(error)}",
+            "Try again; what was fetched so far is kept",
+        ) from error
