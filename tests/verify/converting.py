@@ -35,7 +35,16 @@ def main(scripts: str, pairs: list[tuple[str, str]]) -> None:
     from conversion import base  # type: ignore[import-not-found]
 
     from ggufkit.llamacpp import converter
+    from tests.architectures import vocabularies
+    from tests.architectures.running import _pre_tokenizer
 
+    # The converter knows byte-level tokenizers by a hash over published vocabularies.
+    by_hash = base.TextModel.get_vocab_base_pre
+    base.TextModel.get_vocab_base_pre = lambda model, tokenizer: (
+        _pre_tokenizer(model, tokenizer)
+        if vocabularies.RULE in (model.dir_model / "tokenizer_config.json").read_text()
+        else by_hash(model, tokenizer)
+    )
     for checkpoint, gguf in pairs:
         child = os.fork()
         if child == 0:
