@@ -9,7 +9,7 @@ from ggufkit.llamacpp.gguf import read_gguf
 from ggufkit.llamacpp.toolchain import NativeBuild
 from ggufkit.progress import SILENT
 from ggufkit.store import Store
-from ggufkit.values import Calibration, Checkpoint, FetchOptions
+from ggufkit.values import Calibration, Checkpoint, FetchOptions, VerifyOptions
 from tests.factory import ARCHITECTURES, make_checkpoint, write_demo_tokenizer
 from tests.test_factory import BLOCKS, CONVERTED
 
@@ -54,6 +54,7 @@ def test_awq_and_imatrix_the_whole_way(
         [TYPE],
         SILENT,
         imatrix="auto",
+        verify=VerifyOptions(enabled=False),
     )
     scales = job.scales_for([TYPE])[TYPE]
     facts = scales.manifest.facts

@@ -115,6 +115,7 @@ _PLAIN: dict[str, tuple[Json, ...]] = {
     "rope_type": ("default",),
     "type": ("default",),
     "num_nextn_predict_layers": (0,),
+    "use_sliding_window": (False,),
     "mtp_num_hidden_layers": (0,),
 }
 """Values that ask for nothing, whatever a class has."""

@@ -153,17 +153,25 @@ def _check_experts(index: CheckpointIndex, config: Mapping[str, Any]) -> None:
 
 def _check_maps(index: CheckpointIndex, config: Mapping[str, Any]) -> None:
     maps = _dense_maps(index.architectures[0], config)
-    for number in range(whole_number(config, "num_hidden_layers") or 0):
-        for part, (shape, says) in maps.items():
-            name = f"model.layers.{number}.{part}.weight"
-            entry = index.tensors.get(name)
-            if entry is None:
-                raise CheckpointError(
-                    f"the checkpoint has no tensor {name}, which {index.architectures[0]} needs",
-                    "Fetch the missing files, or the checkpoint again",
-                )
-            if shape and entry.shape != shape:
-                raise _differ(name, entry.shape, f"{says} ask for {list(shape)}")
+    wanted = {
+        f"model.layers.{number}.{part}.weight": told
+        for number in range(whole_number(config, "num_hidden_layers") or 0)
+        for part, told in maps.items()
+    }
+    width = whole_number(config, "hidden_size")
+    wanted["model.norm.weight"] = ((width,) if width else (), "hidden_size")
+    wanted["model.embed_tokens.weight"] = ((), "")
+    if config.get("tie_word_embeddings") is False:
+        wanted["lm_head.weight"] = ((), "")
+    for name, (shape, says) in wanted.items():
+        entry = index.tensors.get(name)
+        if entry is None:
+            raise CheckpointError(
+                f"the checkpoint has no tensor {name}, which {index.architectures[0]} needs",
+                "Fetch the missing files, or the checkpoint again",
+            )
+        if shape and entry.shape != shape:
+            raise _differ(name, entry.shape, f"{says} ask for {list(shape)}")
 
 
 def _dense_maps(
@@ -185,7 +193,12 @@ def _dense_maps(
     values = pairs * head if pairs and head else None
     of_queries, of_values = "num_attention_heads and head_dim", "num_key_value_heads and head_dim"
     sizes = "hidden_size and intermediate_size"
+    norm = ((width,) if width else (), "hidden_size")
+    # OLMo 2 norms what its maps give, and not what they get.
+    norms = ["post_attention_layernorm"]
+    norms += [] if architecture == "Olmo2ForCausalLM" else ["input_layernorm"]
     return {
+        **dict.fromkeys(norms, norm),
         "self_attn.q_proj": (shape(queries, width), of_queries),
         "self_attn.k_proj": (shape(values, width), of_values),
         "self_attn.v_proj": (shape(values, width), of_values),

@@ -4,6 +4,7 @@ A worker reads a line of JSON and answers with one. It lives until this process 
 that a program which asks often pays its start once.
 """
 
+import atexit
 import json
 import tempfile
 import threading
@@ -71,6 +72,12 @@ class Worker:
         if process is not None:
             process.kill()
 
+    def close(self) -> None:
+        """End the process and wait for its end."""
+        self.kill()
+        with self._lock:
+            self._end()
+
     def _ready(self) -> "subprocess.Popen[bytes]":
         if self._process is None or self._process.poll() is not None:
             self._end()
@@ -99,5 +106,7 @@ class Worker:
 
 @cache
 def worker(module: str) -> Worker:
-    """The worker of a module that all of this process shares."""
-    return Worker(module)
+    """The worker of a module that all of this process shares; it ends with it."""
+    shared = Worker(module)
+    atexit.register(shared.close)
+    return shared

@@ -58,7 +58,6 @@ def _read(path: Path, pa: Any) -> Any:
     with path.open("rb") as file:
         head = file.read(6)
     if head.startswith(b"PAR1"):
-        # Not read_table, which makes columns out of directories called KEY=VALUE.
         with parquet.ParquetFile(path) as opened:
             return opened.read()
     if head.startswith(b"\xff\xff\xff\xff"):

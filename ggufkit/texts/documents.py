@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from ggufkit.errors import GgufkitError, SourceError
+from ggufkit.errors import SourceError
 from ggufkit.progress import SILENT, Progress
 from ggufkit.texts.columns import Chosen, choose_for_calibration, choose_text
 from ggufkit.texts.files import Table, read_plain, read_table
@@ -152,7 +152,7 @@ def _read_rows(
         most_needed: whether it is an error to leave out half of the rows or more.
 
     Raises:
-        GgufkitError: a row cannot be used; or too many are left out, or all.
+        SourceError: a row cannot be used; or too many are left out, or all.
     """
     found: list[tuple[int, _Read]] = []
     faults: list[tuple[str, str]] = []
@@ -167,7 +167,7 @@ def _read_rows(
     if faults:
         place, why = faults[0]
         more = f" ({len(faults)} of {len(table.numbers)} rows cannot be used)"
-        raise GgufkitError(
+        raise SourceError(
             f"{place} cannot be used: {why}{more if len(faults) > 1 else ''}", _HINTS[chosen.kind]
         )
     if not empty:

@@ -98,8 +98,9 @@ def load_calibration(
         progress: told of columns that were left aside, warned of rows that were.
 
     Raises:
-        SourceError, IntegrityError, UsageError: as :func:`load_text`.
-        GgufkitError: a row is no chat, or no question with an answer; names it.
+        SourceError: as :func:`load_text`; or a row is no chat, or no question with an
+            answer, and is named.
+        IntegrityError, UsageError: as :func:`load_text`.
     """
     texts = cache / "texts"
     if built_in := BUILT_IN.get(spec):

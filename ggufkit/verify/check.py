@@ -105,7 +105,7 @@ class Verifier:
         except BaseException as error:
             self._answer.set_exception(error)
         if self._trust:
-            asked.kill()
+            asked.close()
 
     def check(self, gguf: Path, suspects: Suspects = dict) -> Verification:
         """Compare a GGUF.

@@ -82,11 +82,18 @@ def test_a_number_that_is_none(checkpoint: Path, value: object) -> None:
     assert "num_hidden_layers of config.json is" in refused(checkpoint)
 
 
-def test_a_missing_map(checkpoint: Path) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("model.layers.1.self_attn.k_proj", "model.layers.0.input_layernorm"),
+        *("model.norm", "model.embed_tokens", "lm_head"),
+    ],
+)
+def test_a_missing_tensor(checkpoint: Path, name: str) -> None:
     tensors = tensors_of(checkpoint)
-    del tensors["model.layers.1.self_attn.k_proj.weight"]
+    del tensors[f"{name}.weight"]
     save(checkpoint, tensors)
-    assert "no tensor model.layers.1.self_attn.k_proj.weight" in refused(checkpoint)
+    assert f"no tensor {name}.weight" in refused(checkpoint)
 
 
 def test_heads_of_a_width_that_only_the_class_knows_are_not_judged(tmp_path: Path) -> None:

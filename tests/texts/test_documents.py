@@ -184,7 +184,7 @@ def test_chats_as_strings_of_json(tmp_path: Path) -> None:
 
 
 def test_a_directory_s_name_is_no_column(tmp_path: Path) -> None:
-    """pyarrow's read_table makes columns out of directories called KEY=VALUE."""
+    """Data sets of several files keep values in names such as KEY=VALUE; one file has its own."""
     (tmp_path / "text=oops").mkdir()
     path = tmp_path / "text=oops/a.parquet"
     write_parquet(path, pa.table({"body": ["Some words."]}))
