@@ -14,7 +14,7 @@ ARGS ?=
 bin := $(VENV)/bin
 stamp := $(VENV)/.installed
 fresh := $(VENV)/.fresh
-benches := bench-awq bench-compare bench-evaluation bench-gptq bench-qwen-coder bench-serve bench-serve-load
+benches := bench-awq bench-compare bench-evaluation bench-gptq bench-qwen-coder bench-serve bench-serve-load bench-verify
 
 .PHONY: help demo test test-architectures venv native check format bench $(benches) clean
 

@@ -195,13 +195,16 @@ def _compare(
     found += compare.end_tokens(_end_ids(index), sorted(ends), metadata)
     if "error" not in tokenizer:
         figures["lines"] = len(tokenizer["lines"])
-        found += compare.lines(tokenizer["lines"], got["ids"])
+        lines, ids = list(tokenizer["lines"]), list(got["ids"])
+        if "error" not in rows:
+            lines += [["prompt", row["texts"][0], row["ids"]] for row in rows if row["texts"]]
+            ids += got["prompts"]
+        found += compare.lines(lines, ids)
         found += compare.vocabulary(tokenizer, metadata)
         found += compare.around(tokenizer, got["begin"], got["finish"])
     if "error" not in rows and rows:
         figures["conversations"] = len(rows)
         found += compare.conversations(rows, got["conversations"])
-        found += _prompts(rows, got["prompts"], found)
     if "error" not in predictions:
         found += compare.keys(predictions)
         found += compare.window(index.config, got["window"], len(predictions["tokens"]))
@@ -210,16 +213,6 @@ def _compare(
         # A quantized file is another function by design; its distance is a figure.
         found += more if exact else []
     return found, figures, missing
-
-
-def _prompts(
-    rows: Sequence[Json], ids: Sequence[list[int] | None], known: Sequence[Mismatch]
-) -> list[Mismatch]:
-    """Prompts of the same text that become other tokens, unless that is known of lines."""
-    if any(m.name == "control-tokens" for m in known):
-        return []
-    lines = [["control", row["texts"][0], row["ids"]] for row in rows if row["texts"]]
-    return compare.lines(lines, ids)
 
 
 def _function(

@@ -1,6 +1,7 @@
 """Both answers side by side: what differs, by name and with an example."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,46 +17,52 @@ MEAN_LIMIT, MOST_LIMIT = 1e-4, 1e-2
 """KL divergence in nats that float rounding may cause: on average, and at one position."""
 _FAR_WINDOW = 1024
 """Windows from here on are beyond what the probe reads; a difference there is a warning."""
-_LINE_NAMES = {
-    "plain": ("tokens", True),
-    "rare": ("rare-characters", False),
-    "added": ("added-tokens", False),
-    "control": ("control-tokens", False),
-}
 _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 3, 4, 5, 6
 """``LLAMA_TOKEN_TYPE_*``."""
 
 
 def lines(expected: Sequence[Json], got: Sequence[list[int] | None]) -> list[Mismatch]:
-    """Lines of text that become other tokens; one mismatch for each kind of line.
+    """Lines of text that become other tokens: ordinary ones are an error, others a warning.
 
     Args:
         expected: kind, text and ids of each line, by the checkpoint's tokenizer.
         got: ids by the GGUF's; None where it cannot express the line.
     """
+    counts: Counter[str] = Counter(kind for kind, _, _ in expected)
+    different = [
+        (kind, text, a, b) for (kind, text, a), b in zip(expected, got, strict=True) if a != b
+    ]
     found = []
-    for kind, (name, error) in _LINE_NAMES.items():
-        of_kind = [(text, a, b) for (k, text, a), b in zip(expected, got, strict=True) if k == kind]
-        different = [row for row in of_kind if row[1] != row[2]]
-        if different:
-            text, a, b = min(different, key=lambda row: len(row[0]))
-            found.append(
-                Mismatch(
-                    name,
-                    error,
-                    f"{len(different)} of {len(of_kind)} lines{_LINE_KINDS[kind]} become other "
-                    f"tokens; {_short(text)} is {_ids(a)} in the checkpoint, {_ids(b)} in the GGUF",
-                )
+    for name, error, kinds in (("tokens", True, ("plain",)), ("unusual-text", False, _UNUSUAL)):
+        rows = [row for row in different if row[0] in kinds]
+        if not rows:
+            continue
+        shares = [
+            f"{sum(row[0] == kind for row in rows)} of {counts[kind]} {_LINES[kind]}"
+            for kind in kinds
+            if any(row[0] == kind for row in rows)
+        ]
+        _, text, a, b = min(rows, key=lambda row: len(row[1]))
+        found.append(
+            Mismatch(
+                name,
+                error,
+                f"{', '.join(shares)} become other tokens; {_short(text)} is {_ids(a)} in the "
+                f"checkpoint, {_ids(b)} in the GGUF",
             )
+        )
     return found
 
 
-_LINE_KINDS = {
-    "plain": "",
-    "rare": " of rare characters",
-    "added": " with added tokens in the text",
-    "control": " with control tokens spelled in the text",
+_LINES = {
+    "plain": "lines of text",
+    "blank": "lines that begin with a blank",
+    "rare": "lines of rare characters",
+    "added": "lines with added tokens in the text",
+    "control": "lines with control tokens spelled in the text",
+    "prompt": "rendered conversations",
 }
+_UNUSUAL = ("blank", "rare", "added", "control", "prompt")
 
 
 def vocabulary(expected: Json, metadata: Metadata) -> list[Mismatch]:

@@ -93,6 +93,7 @@ def _tokens(tokenizer: Any) -> dict[str, Json]:
     ]
     lines = [
         *(("plain", text) for text in probe.PLAIN),
+        *(("blank", text) for text in probe.BLANK),
         *(("rare", text) for text in probe.RARE),
         *probe.added_lines(added),
     ]

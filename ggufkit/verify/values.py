@@ -9,9 +9,7 @@ from ggufkit.values import Json
 
 NAMES = (
     "tokens",
-    "rare-characters",
-    "added-tokens",
-    "control-tokens",
+    "unusual-text",
     "vocabulary",
     "token-kinds",
     "begin-end",

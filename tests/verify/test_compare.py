@@ -29,15 +29,15 @@ def test_lines_are_judged_by_what_they_hold() -> None:
         ["added", "<x>", [6]],
     ]
     assert compare.lines(expected, [[1], [2, 3], [4], [5], [6]]) == []
-    found = compare.lines(expected, [[1], [2, 9], None, [0], [0]])
-    assert names(found) == [
-        ("tokens", True),
-        ("rare-characters", False),
-        ("added-tokens", False),
-        ("control-tokens", False),
-    ]
+    found = compare.lines(expected, [[1], [2, 9], None, [0], [6]])
+    assert names(found) == [("tokens", True), ("unusual-text", False)]
     assert found[0].message == (
-        "1 of 2 lines become other tokens; 'two' is [2 3] in the checkpoint, [2 9] in the GGUF"
+        "1 of 2 lines of text become other tokens; 'two' is [2 3] in the checkpoint, [2 9] in "
+        "the GGUF"
+    )
+    assert found[1].message.startswith(
+        "1 of 1 lines of rare characters, 1 of 1 lines with control tokens spelled in the text "
+        "become other tokens; "
     )
     assert "not to be expressed in the GGUF" in found[1].message
 
@@ -207,18 +207,18 @@ def test_a_probe_is_longer_than_a_window_that_is_affordable() -> None:
 
 
 def test_errors_refuse_and_allowed_ones_are_notes() -> None:
-    found = (Mismatch("function", True, "differs"), Mismatch("control-tokens", False, "odd"))
+    found = (Mismatch("function", True, "differs"), Mismatch("unusual-text", False, "odd"))
     verification = Verification(Path("m.gguf"), "model", found)
     with pytest.raises(DifferenceError, match="differs from the checkpoint model") as error:
         verification.require_same()
     assert "--allow-difference function" in error.value.hint
-    assert [m.name for m in verification.warnings] == ["control-tokens"]
+    assert [m.name for m in verification.warnings] == ["unusual-text"]
     allowed = Verification(verification.gguf, "model", found, allowed=("function",))
     allowed.require_same()
     notes = notes_of({"verification": allowed.facts})
     assert notes == (
         "warning: function: differs (allowed)",
-        "warning: control-tokens: odd",
+        "warning: unusual-text: odd",
     )
     assert notes_of({"verification": "skipped"}) == ("not verified: --no-verify",)
     assert notes_of({}) == ()

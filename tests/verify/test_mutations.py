@@ -108,9 +108,9 @@ def verifier(case: Case) -> Iterator[Verifier]:
 
 KNOWN = {
     # It strips blanks after its control tokens, which no GGUF can say.
-    "phi3": {"control-tokens"},
+    "phi3": {"unusual-text"},
     # It composes characters (NFC), which llama.cpp does not.
-    "qwen2": {"rare-characters"},
+    "qwen2": {"unusual-text"},
 }
 """Warnings of sound conversions."""
 
