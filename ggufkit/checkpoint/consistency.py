@@ -141,11 +141,13 @@ def _check_experts(index: CheckpointIndex, config: Mapping[str, Any]) -> None:
     if "Qwen3VLMoe" not in index.architectures[0]:
         return
     width = whole_number(config, "hidden_size")
+    places = {"mlp.experts.gate_up_proj": 1, "mlp.experts.down_proj": 2}
     for name, entry in index.tensors.items():
-        if name.endswith("mlp.experts.gate_up_proj") and entry.shape[1] != width:
+        place = next((at for end, at in places.items() if name.endswith(end)), None)
+        if width and place and len(entry.shape) == 3 and entry.shape[place] != width:
             raise CheckpointError(
                 f"tensor {name} has the shape {list(entry.shape)}: its experts are transposed "
-                f"(published ones have hidden_size, {width}, in the middle)",
+                f"(published ones have hidden_size, {width}, as dimension {place + 1})",
                 "transformers 5 saves them so, and llama.cpp's converter cannot read that: "
                 "take the published files, or turn the last two dimensions",
             )

@@ -1,7 +1,6 @@
 """Config and tensors are compared before any work."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -122,11 +121,21 @@ def test_layers_for_multi_token_prediction_are_no_surplus(checkpoint: Path) -> N
     check_tensors(open_checkpoint(checkpoint))
 
 
-def test_experts_that_transformers_transposed(checkpoint: Path) -> None:
+@pytest.mark.parametrize(
+    ("part", "saved", "published"),
+    [
+        ("gate_up_proj", (4, 256, 64), (4, 64, 256)),
+        # Square ones look alike, so the others have to show it.
+        ("down_proj", (4, 64, 32), (4, 32, 64)),
+    ],
+)
+def test_experts_that_transformers_transposed(
+    checkpoint: Path, part: str, saved: tuple[int, ...], published: tuple[int, ...]
+) -> None:
     edit_config(checkpoint, architectures=["Qwen3VLMoeForConditionalGeneration"])
     tensors = tensors_of(checkpoint)
-    name = "model.language_model.layers.0.mlp.experts.gate_up_proj"
-    save(checkpoint, tensors | {name: torch.zeros(4, 256, 64)})
-    assert re.search(r"\[4, 256, 64\]: its experts are transposed", refused(checkpoint))
-    save(checkpoint, tensors | {name: torch.zeros(4, 64, 256)})
+    name = f"model.language_model.layers.0.mlp.experts.{part}"
+    save(checkpoint, tensors | {name: torch.zeros(saved)})
+    assert f"{list(saved)}: its experts are transposed" in refused(checkpoint)
+    save(checkpoint, tensors | {name: torch.zeros(published)})
     check_tensors(open_checkpoint(checkpoint))
