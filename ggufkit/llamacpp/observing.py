@@ -9,9 +9,10 @@ from pathlib import Path
 from ggufkit import settings
 from ggufkit.errors import GgufkitError, ToolError
 from ggufkit.llamacpp.runtime import load_llama_cpp
-from ggufkit.llamacpp.workers import WorkerEndedError, serve, worker
+from ggufkit.llamacpp.workers import WorkerEndedError, serve, time_limit, worker
 from ggufkit.values import Json
 
+_TEMPLATE_SECONDS = 10.0
 LOGITS = "gguf-logits.npy"
 """File of predictions, in the directory that was asked for."""
 
@@ -148,8 +149,11 @@ def _render(gguf: Path, conversations: Json) -> list[dict[str, Json]]:
         return [{"refused": error.message} for _ in conversations]
     for conversation in conversations:
         try:
-            text = template.render(conversation["messages"], tools=conversation["tools"])
+            with time_limit(_TEMPLATE_SECONDS):
+                text = template.render(conversation["messages"], tools=conversation["tools"])
             found.append({"text": text})
+        except TimeoutError as error:
+            return [{"refused": f"the chat template does not end: {error}"}] * len(conversations)
         except GgufkitError as error:
             found.append({"refused": error.message})
     return found

@@ -8,11 +8,12 @@ import atexit
 import json
 import os
 import queue
+import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import IO, TYPE_CHECKING, Any
 
@@ -132,6 +133,32 @@ def serve(answer: Callable[[Any], dict[str, Any]], prepare: Callable[[], None]) 
         found = answer(json.loads(questions.get()))
         answers.write(json.dumps(found).encode() + b"\n")
         answers.flush()
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """End what computes for longer, such as a chat template that loops.
+
+    For the main thread of a worker alone; where the system has no such timer, there is
+    no limit.
+
+    Raises:
+        TimeoutError: after so many seconds of the processor's time.
+    """
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"it took more than {seconds:g} seconds")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 @cache

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ggufkit.llamacpp.workers import serve
+from ggufkit.errors import CheckpointError
+from ggufkit.llamacpp.workers import serve, time_limit
 from ggufkit.values import Json
 from ggufkit.verify import probe
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 LOGITS, ROUNDED = "logits.npy", "rounded.npy"
 """Files of predictions: as the checkpoint is, and with inputs rounded as ggml rounds them."""
+_TEMPLATE_SECONDS = 10.0
 _SHARE_OF_MEMORY = 0.4
 """A model that takes more of the free memory than this, as float32, is streamed."""
 
@@ -143,9 +145,12 @@ def _renderings(tokenizer: Any, conversation: probe.Conversation) -> tuple[list[
     refused = ""
     for messages in conversation.forms:
         try:
-            text = tokenizer.apply_chat_template(
-                messages, tools=conversation.tools, tokenize=False, add_generation_prompt=True
-            )
+            with time_limit(_TEMPLATE_SECONDS):
+                text = tokenizer.apply_chat_template(
+                    messages, tools=conversation.tools, tokenize=False, add_generation_prompt=True
+                )
+        except TimeoutError as error:
+            raise CheckpointError(f"the chat template does not end: {error}") from error
         except Exception as error:  # a template raises whatever Python has
             refused = refused or f"{type(error).__name__}: {error}"[:200]
             continue

@@ -158,6 +158,13 @@ def test_without_a_checkpoint_the_file_is_opened_and_run(gguf: Path, tmp_path: P
     assert [m.name for m in verify_opens_only(broken).errors] == ["template"]
 
 
+def test_a_template_that_does_not_end_is_stopped(gguf: Path, tmp_path: Path) -> None:
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    slow = rewrite(gguf, tmp_path / "slow.gguf", keys={"tokenizer.chat_template": endless})
+    (mismatch,) = verify_opens_only(slow).errors
+    assert "does not end" in mismatch.message
+
+
 def test_a_worker_that_ends_is_an_error_and_the_next_question_is_answered(gguf: Path) -> None:
     asked = worker(observing.__name__)
     asked.warm_up()
