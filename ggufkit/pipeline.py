@@ -123,7 +123,7 @@ def convert(
         raise UsageError("the options of AWQ's search need AWQ", "Add --awq")
     if guard and not (awq or gptq):
         raise UsageError("--guard needs AWQ or GPTQ", "Add --awq or --rounding gptq")
-    started = _early_start(model, store, build, verify)
+    started = _early_start(model, store, build, fetch, verify)
     try:
         source = _resolve(model, store, fetch, progress)
     except BaseException:
@@ -181,28 +181,36 @@ def convert(
 
 
 def _early_start(
-    model: str, store: "Store", build: "NativeBuild", verify: VerifyOptions
+    model: str, store: "Store", build: "NativeBuild", fetch: FetchOptions, verify: VerifyOptions
 ) -> "Converter | None":
     """Start what imports for seconds while the checkpoint is hashed, if it has to be.
 
-    A checkpoint whose digest is known was most likely converted before.
+    A checkpoint whose digest is known was most likely converted before; what is wrong
+    with a broken one is for others to say.
     """
-    from ggufkit.checkpoint.index import checkpoint_files
+    from ggufkit.checkpoint.index import checkpoint_files, open_checkpoint
     from ggufkit.llamacpp import observing
     from ggufkit.llamacpp.toolchain import Converter
 
     path = Path(model).expanduser()
     if not (path / "config.json").is_file():
         return None
-    with suppress(GgufkitError, OSError):
-        if not store.knows(checkpoint_files(path)):
-            observing.warm_up()
-            if verify.enabled:
-                from ggufkit.verify import check
+    try:
+        open_checkpoint(
+            path,
+            trust_remote_code=fetch.trust_remote_code,
+            allow_pickle=fetch.allow_pickle,
+        )
+        if store.knows(checkpoint_files(path)):
+            return None
+    except (GgufkitError, OSError):
+        return None
+    observing.warm_up()
+    if verify.enabled and not fetch.trust_remote_code:
+        from ggufkit.verify import check
 
-                check.warm_up()
-            return Converter(build, store.log("convert"))
-    return None
+        check.warm_up()
+    return Converter(build, store.log("convert"))
 
 
 def awq(

@@ -3,16 +3,13 @@
 A file that llama.cpp gives up on ends that process, and no other.
 """
 
-import json
-import os
-import sys
 from contextlib import suppress
 from pathlib import Path
 
 from ggufkit import settings
 from ggufkit.errors import GgufkitError, ToolError
 from ggufkit.llamacpp.runtime import load_llama_cpp
-from ggufkit.llamacpp.workers import WorkerEndedError, worker
+from ggufkit.llamacpp.workers import WorkerEndedError, serve, worker
 from ggufkit.values import Json
 
 LOGITS = "gguf-logits.npy"
@@ -91,24 +88,23 @@ def ask(request: dict[str, Json], gguf: Path) -> dict[str, Json]:
 
 def main() -> None:
     """Answer what comes on stdin, until it ends."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print must not be taken for an answer
-    # Threads that wait by spinning would take the cores of others at work.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    unavailable = ""
-    try:
-        load_llama_cpp()  # while whoever asks is still busy otherwise
-    except GgufkitError as error:
-        unavailable = error.message
-    for line in sys.stdin.buffer:
-        answer: dict[str, Json] = {"unavailable": unavailable}
+    unavailable: list[str] = []
+
+    def prepare() -> None:
         try:
-            if not unavailable:
-                answer = _observe(json.loads(line))
+            load_llama_cpp()
         except GgufkitError as error:
-            answer = {"error": error.message, "hint": error.hint}
-        answers.write(json.dumps(answer).encode() + b"\n")
-        answers.flush()
+            unavailable.append(error.message)
+
+    def answer(request: Json) -> dict[str, Json]:
+        if unavailable:
+            return {"unavailable": unavailable[0]}
+        try:
+            return _observe(request)
+        except GgufkitError as error:
+            return {"error": error.message, "hint": error.hint}
+
+    serve(answer, prepare)
 
 
 def _observe(request: Json) -> dict[str, Json]:

@@ -589,6 +589,7 @@ class Converter:
         self.log = log
         self._listener: Callable[[str], None] = lambda _: None
         self._end: Callable[[], None] = lambda: None
+        self._started = threading.Event()
         self._ran: Future[ToolRun] = Future()
         reading, self._writing = os.pipe()
         self._thread = threading.Thread(target=self._run, args=(build, reading), daemon=True)
@@ -598,6 +599,7 @@ class Converter:
         def on_start(end: Callable[[], None]) -> None:
             os.close(reading)
             self._end = end
+            self._started.set()
 
         try:
             ran = run(
@@ -612,6 +614,8 @@ class Converter:
             self._ran.set_exception(error)
         else:
             self._ran.set_result(ran)
+        finally:
+            self._started.set()
 
     def run(self, task: Mapping[str, Json], on_text: Callable[[str], None]) -> ToolRun:
         """Give it its only task, and wait for the end."""
@@ -626,6 +630,7 @@ class Converter:
         if self._writing >= 0:
             os.close(self._writing)
             self._writing = -1
+        self._started.wait()
         self._end()
         self._thread.join()
 

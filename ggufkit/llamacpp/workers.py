@@ -6,8 +6,12 @@ that a program which asks often pays its start once.
 
 import atexit
 import json
+import os
+import queue
+import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from typing import IO, TYPE_CHECKING, Any
@@ -102,6 +106,32 @@ class Worker:
             errors.seek(max(0, size - _TAIL_NBYTES))
             lines = errors.read().decode("utf-8", "replace").split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "no reason given")
+
+
+def serve(answer: Callable[[Any], dict[str, Any]], prepare: Callable[[], None]) -> None:
+    """The other side: answer questions on stdin until it ends, which also ends an answer.
+
+    Args:
+        answer: gives the answer to a question, both values of JSON.
+        prepare: imports what takes time, while whoever will ask is still busy otherwise.
+    """
+    # Threads that wait by spinning would take the cores of others at work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print must not be taken for an answer
+    questions: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def listen() -> None:
+        for line in sys.stdin.buffer:
+            questions.put(line)
+        os._exit(0)  # nobody is there any more
+
+    threading.Thread(target=listen, daemon=True).start()
+    prepare()
+    while True:
+        found = answer(json.loads(questions.get()))
+        answers.write(json.dumps(found).encode() + b"\n")
+        answers.flush()
 
 
 @cache

@@ -7,13 +7,13 @@ imports and its memory are paid by a process of its own, beside the converter.
 import importlib
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ggufkit.llamacpp.workers import serve
 from ggufkit.values import Json
 from ggufkit.verify import probe
 
@@ -345,17 +345,12 @@ def main() -> None:
     """Answer what comes on stdin, until it ends."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what others print must not be taken for an answer
-    # Threads that wait by spinning would take the cores of the converter.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    for module in ("modeling_utils", "models.auto.modeling_auto", "models.auto.tokenization_auto"):
-        importlib.import_module(f"transformers.{module}")  # while whoever asks is still busy
-    for line in sys.stdin.buffer:
-        request = json.loads(line)
-        answer = collect(request, Path(request["out"]))
-        answers.write(json.dumps(answer).encode() + b"\n")
-        answers.flush()
+
+    def prepare() -> None:
+        for module in ("modeling_utils", "models.auto.modeling_auto"):
+            importlib.import_module(f"transformers.{module}")
+
+    serve(lambda request: collect(request, Path(request["out"])), prepare)
 
 
 if __name__ == "__main__":

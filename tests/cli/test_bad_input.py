@@ -300,6 +300,7 @@ STAGES = {
     "guard": "comparing with the original",
     "fold": "write",
     "convert": "converting",
+    "verify": "comparing with the checkpoint",
     "quantize": "quantizing",
 }
 """Stage to the beginning of the line that tells of it."""
