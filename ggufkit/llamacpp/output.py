@@ -359,6 +359,22 @@ def conversion_problem(tail: Sequence[str]) -> Problem | None:
             f"its weights are quantized already, by '{found[1]}'",
             "Use the unquantized checkpoint that it was made from",
         )
+    if found := re.search(r"Can not map tensor '([^']+)'", text):
+        return Problem(
+            f"llama.cpp's converter does not know what the tensor {found[1]} is for",
+            "Use the published checkpoint of this architecture, or a newer llama.cpp: "
+            "ggufkit build --source DIR",
+        )
+    last = tail[-1].strip() if tail else ""
+    if found := re.fullmatch(
+        r"""KeyError: (?:'([a-z]\w*)'|["']could not find any of: (\[.*\])["'])""", last
+    ):
+        return Problem(
+            f"config.json lacks {found[1] or f'all of {found[2]}'}, "
+            "which llama.cpp's converter needs",
+            "Take config.json from the published checkpoint of this architecture, "
+            "or add the value that the model was trained with",
+        )
     return None
 
 

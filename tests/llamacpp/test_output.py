@@ -164,6 +164,15 @@ def test_short_text() -> None:
         ("ERROR:hf-to-gguf:Model FooForCausalLM is not supported", "FooForCausalLM"),
         ("NotImplementedError: BPE pre-tokenizer was not recognized - update", "tokenizer"),
         ("NotImplementedError: Quant method is not yet supported: 'awq'", "'awq'"),
+        (
+            "ValueError: Can not map tensor 'model.layers.0.mlp.ffn_sub_norm.weight'",
+            "what the tensor model.layers.0.mlp.ffn_sub_norm.weight is for",
+        ),
+        ("KeyError: 'swa_head_dim'", "config.json lacks swa_head_dim"),
+        (
+            "KeyError: \"could not find any of: ['n_shared_experts']\"",
+            "lacks all of ['n_shared_experts']",
+        ),
     ],
 )
 def test_plain_explanations_of_the_converter(text: str, message: str) -> None:
@@ -173,7 +182,9 @@ def test_plain_explanations_of_the_converter(text: str, message: str) -> None:
 
 
 def test_other_failures_have_no_plain_explanation() -> None:
-    assert output.conversion_problem(["KeyError: 'hidden_size'"]) is None
+    assert output.conversion_problem(["KeyError: '[gMASK]'"]) is None
+    assert output.conversion_problem(["KeyError: 'hidden_size'", "RuntimeError: other"]) is None
+    assert output.conversion_problem([]) is None
     assert output.quantize_problem(["llama_quantize: failed"]) is None
 
 
