@@ -632,11 +632,13 @@ def verification_in_words(facts: Mapping[str, Json]) -> str:
     figures, mismatches = found["figures"], found["mismatches"]
     names = ", ".join(f"{m['name']} ({'allowed' if m['error'] else 'warning'})" for m in mismatches)
     words = f"differs in {names}" if names else "same as the checkpoint"
+    if found["not_compared"] and not names:
+        words = "what was compared is the same as in the checkpoint"
     if "kl_mean" in figures:
         count = f"{figures['positions']:.0f} predictions"
         words += f"; KL {figures['kl_mean']:.1e} on {count} of the float GGUF"
     if found["not_compared"]:
-        words += f"; {len(found['not_compared'])} of 3 parts could not be compared"
+        words += "; not compared: " + "; ".join(found["not_compared"])[:200]
     return words
 
 

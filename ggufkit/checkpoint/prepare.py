@@ -5,6 +5,7 @@ files where transformers and llama.cpp's converter would read something else.
 """
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -404,10 +405,24 @@ def _end_tokens(mending: _Mending) -> tuple[int, ...]:
             f"end token(s) {', '.join(map(str, lost))} are not in the vocabulary of {size:,} "
             "tokens and were passed over"
         )
+    if len(ends) > 1:
+        mending.notes.append(
+            f"answers end at any of the tokens {', '.join(map(str, ends))}; all are in the GGUF"
+        )
     return tuple(ends)
 
 
+def _mend_byte_order_marks(mending: _Mending) -> None:
+    """The converter reads JSON as UTF-8 without a mark in front."""
+    for name in ("config.json", GENERATION_CONFIG, TOKENIZER_CONFIG):
+        path = mending.index.path / name
+        if path.is_file() and path.read_bytes()[:3] == BOM_UTF8:
+            mending.edit(name)
+            mending.notes.append(f"{name} begins with a byte order mark, which was left out")
+
+
 _MENDS: tuple[Callable[[_Mending], None], ...] = (
+    _mend_byte_order_marks,
     _mend_shard_index,
     _mend_quantization,
     _mend_names,

@@ -173,15 +173,6 @@ def rounding_options(command: _Command) -> _Command:
     )
 
 
-allow_difference_option = click.option(
-    "--allow-difference",
-    "allowed",
-    metavar="NAME",
-    multiple=True,
-    help="Let a difference of this name pass, with a note in the manifest; may be repeated.",
-)
-
-
 def verify_options(command: _Command) -> _Command:
     """Options that say how a GGUF is compared with its checkpoint; the command gets ``verify``."""
 
@@ -199,7 +190,13 @@ def verify_options(command: _Command) -> _Command:
             show_default=True,
             help="Compare the float GGUF with the checkpoint before anything is published.",
         ),
-        allow_difference_option,
+        click.option(
+            "--allow-difference",
+            "allowed",
+            metavar="NAME",
+            multiple=True,
+            help="Let a difference of this name pass, noted in the manifest; may be repeated.",
+        ),
     )
 
 

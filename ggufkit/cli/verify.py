@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ggufkit.cli.options import allow_difference_option, fetch_options
+from ggufkit.cli.options import fetch_options
 from ggufkit.cli.session import Session, json_option, pass_session
 from ggufkit.values import FetchOptions
 
@@ -19,7 +19,13 @@ if TYPE_CHECKING:
     metavar="CHECKPOINT",
     help="A directory, hf:ORG/NAME, ms:ORG/NAME or demo.  [default: where the GGUF came from]",
 )
-@allow_difference_option
+@click.option(
+    "--allow-difference",
+    "allowed",
+    metavar="NAME",
+    multiple=True,
+    help="Let a difference of this name pass; may be repeated.",
+)
 @fetch_options
 @json_option
 @pass_session
@@ -31,7 +37,7 @@ def command(
     fetch: FetchOptions,
     as_json: bool,
 ) -> None:
-    r"""Compare a GGUF with the checkpoint that it was made from.
+    """Compare a GGUF with the checkpoint that it was made from.
 
     llama.cpp opens the file; then tokens, end tokens, chat template and predictions of
     both are compared. Any error ends with exit code 1. GGUF is a file, or a name that
@@ -41,7 +47,7 @@ def command(
     Examples:
       ggufkit verify model-BF16.gguf --against ./model
       ggufkit verify qwen2.5-0.5b-instruct-q4_0
-    """
+    """  # noqa: D301 - click takes the control character itself
     from ggufkit import pipeline
 
     found = pipeline.verify(
@@ -80,7 +86,7 @@ def _print(session: Session, found: "Verification") -> None:
         )
     if not found.against:
         console.print("opened and run by llama.cpp; --against CHECKPOINT compares it")
-    elif not found.mismatches and found.exact:
+    elif not (found.mismatches or found.not_compared) and found.exact:
         console.print(f"[green]same[/] as the checkpoint {escape(found.against)}")
     elif not found.exact:
         console.print(

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from ggufkit import settings
 from ggufkit.errors import GgufkitError, ToolError
+from ggufkit.llamacpp import template
 from ggufkit.llamacpp.runtime import load_llama_cpp
+from ggufkit.llamacpp.template import StoppedClock
 from ggufkit.llamacpp.workers import WorkerEndedError, serve, time_limit, worker
 from ggufkit.values import Json
 
@@ -92,6 +94,7 @@ def main() -> None:
     unavailable: list[str] = []
 
     def prepare() -> None:
+        vars(template)["datetime"] = StoppedClock
         try:
             load_llama_cpp()
         except GgufkitError as error:
@@ -144,13 +147,13 @@ def _render(gguf: Path, conversations: Json) -> list[dict[str, Json]]:
     metadata = Metadata(read_gguf(gguf))
     found: list[dict[str, Json]] = []
     try:
-        template = model_template(metadata)
+        chat_template = model_template(metadata)
     except GgufkitError as error:
         return [{"refused": error.message} for _ in conversations]
     for conversation in conversations:
         try:
             with time_limit(_TEMPLATE_SECONDS):
-                text = template.render(conversation["messages"], tools=conversation["tools"])
+                text = chat_template.render(conversation["messages"], tools=conversation["tools"])
             found.append({"text": text})
         except TimeoutError as error:
             return [{"refused": f"the chat template does not end: {error}"}] * len(conversations)

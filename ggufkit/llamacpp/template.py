@@ -149,6 +149,15 @@ def _environment() -> "Environment":
     return environment
 
 
+class StoppedClock:
+    """Stands in for ``datetime`` where renderings are compared, which take seconds."""
+
+    @staticmethod
+    def now() -> datetime:
+        """Always the same moment."""
+        return datetime(2026, 2, 3, 16, 5, 6)
+
+
 def _strftime_now(format: str) -> str:
     return datetime.now().strftime(format)
 

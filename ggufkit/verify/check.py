@@ -19,7 +19,7 @@ import numpy as np
 from ggufkit import settings
 from ggufkit.checkpoint.chat_template import TOKENIZER_CONFIG
 from ggufkit.checkpoint.index import CheckpointIndex
-from ggufkit.errors import IntegrityError, UsageError
+from ggufkit.errors import IntegrityError, ToolError, UsageError
 from ggufkit.llamacpp import host, observing
 from ggufkit.llamacpp.gguf import read_gguf
 from ggufkit.llamacpp.metadata import Metadata
@@ -125,8 +125,12 @@ class Verifier:
         try:
             expected = self._answer.result()
         except WorkerEndedError as error:
-            reason = {"error": f"transformers' process ended: {error.message}"}
-            expected = {"tokenizer": reason, "conversations": reason, "predictions": reason}
+            raise ToolError(
+                f"{gguf.name} cannot be compared with its checkpoint: transformers' process "
+                f"ended with: {error.message}",
+                "Most often the memory was full. Free some, or leave the comparison out: "
+                "--no-verify",
+            ) from error
         started = time.monotonic()
         got = observing.ask(self._request(gguf, expected), gguf)
         exact = {tensor.type for tensor in header.tensors} <= _FLOATS
@@ -211,7 +215,7 @@ def _compare(
         more, kl = _function(predictions, got, scratch, suspects)
         figures |= kl
         # A quantized file is another function by design; its distance is a figure.
-        found += more if exact else []
+        found += more if exact else compare.far(kl)
     return found, figures, missing
 
 
@@ -262,7 +266,14 @@ def verify_opens_only(gguf: Path) -> Verification:
         for row in got.get("conversations") or []
         if "refused" in row
     )
-    return Verification(gguf, "", mismatches, seconds=time.monotonic() - started)
+    return Verification(
+        gguf,
+        "",
+        mismatches,
+        not_compared=("tokens, chat template and predictions: no checkpoint was named",),
+        exact=False,
+        seconds=time.monotonic() - started,
+    )
 
 
 def require_names(names: Sequence[str]) -> tuple[str, ...]:

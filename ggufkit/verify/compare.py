@@ -15,6 +15,8 @@ from ggufkit.verify.values import Mismatch
 
 MEAN_LIMIT, MOST_LIMIT = 1e-4, 1e-2
 """KL divergence in nats that float rounding may cause: on average, and at one position."""
+_FAR = 1.0
+"""Mean KL divergence in nats from which a quantized file is suspicious."""
 _FAR_WINDOW = 1024
 """Windows from here on are beyond what the probe reads; a difference there is a warning."""
 _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 3, 4, 5, 6
@@ -47,8 +49,8 @@ def lines(expected: Sequence[Json], got: Sequence[list[int] | None]) -> list[Mis
             Mismatch(
                 name,
                 error,
-                f"{', '.join(shares)} become other tokens; {_short(text)} is {_ids(a)} in the "
-                f"checkpoint, {_ids(b)} in the GGUF",
+                f"{', '.join(shares)} become other tokens; {_short(text)} is {_ids(a, b)} in the "
+                f"checkpoint, {_ids(b, a)} in the GGUF",
             )
         )
     return found
@@ -159,14 +161,15 @@ def around(expected: Json, begin: list[int], finish: list[int]) -> list[Mismatch
         Mismatch(
             "begin-end",
             True,
-            f"a text becomes {_around(expected['begin'], expected['end'])} in the checkpoint, "
-            f"{_around(begin, finish)} in the GGUF",
+            f"the checkpoint puts {_around(expected['begin'], expected['end'])} around a text, "
+            f"the GGUF {_around(begin, finish)}",
         )
     ]
 
 
 def _around(begin: list[int], finish: list[int]) -> str:
-    return " ".join([*map(str, begin), "text", *map(str, finish)])
+    parts = [f"{ids} {where}" for ids, where in ((begin, "before"), (finish, "behind")) if ids]
+    return " and ".join(parts) or "nothing"
 
 
 def end_tokens(wanted: Sequence[int], got: Sequence[int], metadata: Metadata) -> list[Mismatch]:
@@ -177,11 +180,12 @@ def end_tokens(wanted: Sequence[int], got: Sequence[int], metadata: Metadata) ->
         got: ids that the runtime ends an answer at.
         metadata: of the GGUF.
     """
-    missing = [n for n in wanted if n not in got]
+    # What is beyond the vocabulary can never be sampled.
+    missing = [n for n in wanted if n not in got and n < len(metadata.tokens)]
     if not missing:
         return []
     tokens = metadata.tokens
-    spelled = [f"{_short(tokens[n] if n < len(tokens) else None)} ({n})" for n in missing]
+    spelled = [f"{_short(tokens[n])} ({n})" for n in missing]
     return [
         Mismatch(
             "end-tokens",
@@ -206,6 +210,9 @@ def conversations(expected: Sequence[Json], got: Sequence[Json]) -> list[Mismatc
         if (b["text"] not in a["texts"] if "text" in b else a["texts"] and not a["refused"])
         and (a["texts"] or "refused" not in b)
     ]
+    if not different and expected and not any("text" in row for row in got):
+        reason = str(got[0].get("refused") or expected[0]["refused"])
+        return [Mismatch("template", False, f"no conversation can be rendered: {reason[:200]}")]
     if not different:
         return []
     a, b = different[0]
@@ -304,6 +311,20 @@ def function(
     return [Mismatch("function", True, message)], figures
 
 
+def far(figures: Mapping[str, float]) -> list[Mismatch]:
+    """A quantized GGUF that is further away than quantization usually brings it."""
+    if figures.get("kl_mean", 0.0) < _FAR:
+        return []
+    return [
+        Mismatch(
+            "function",
+            False,
+            f"predictions are {figures['kl_mean']:.1f} nats away from the checkpoint's; "
+            "quantization seldom does that, another model does",
+        )
+    ]
+
+
 def window(config: Json, computed: int, read: int) -> list[Mismatch]:
     """A sliding window that llama.cpp does not compute, beyond what the probe has read.
 
@@ -348,11 +369,15 @@ def _short(text: str | None) -> str:
     return repr(text if len(text) <= 40 else text[:37] + "...")
 
 
-def _ids(ids: Sequence[int] | None) -> str:
+def _ids(ids: Sequence[int] | None, other: Sequence[int] | None) -> str:
+    """Some ids from shortly before where they differ from others."""
     if ids is None:
         return "not to be expressed"
-    shown = " ".join(map(str, ids[:12]))
-    return f"[{shown}{' ...' if len(ids) > 12 else ''}]"
+    pairs = enumerate(zip(ids, other or (), strict=False))
+    at = next((n for n, (x, y) in pairs if x != y), min(len(ids), len(other or ())))
+    first = max(0, at - 3)
+    shown = " ".join(map(str, ids[first : first + 8]))
+    return f"[{'... ' * (first > 0)}{shown}{' ...' * (len(ids) > first + 8)}]"
 
 
 def _value(value: Any) -> str:

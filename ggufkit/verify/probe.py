@@ -198,6 +198,21 @@ def added_lines(added: Iterable[Json]) -> list[tuple[str, str]]:
     ]
 
 
+def normalized_lines(normalizer: Json) -> list[str]:
+    """Lines that hold what a tokenizer replaces in a text, which the GGUF has to do, too."""
+    found: list[str] = []
+    todo = [normalizer]
+    while todo:
+        part = todo.pop()
+        if not isinstance(part, dict):
+            continue
+        todo += part.get("normalizers") or []
+        pattern = (part.get("pattern") or {}).get("String")
+        if part.get("type") == "Replace" and isinstance(pattern, str) and pattern.strip():
+            found.append(f"before {pattern} and {pattern}behind")
+    return found
+
+
 def passage() -> str:
     """A text of some 3,000 characters for predictions: prose, code, numbers, scripts."""
     return " ".join(line.strip() for line in (*PLAIN[:36], *reversed(PLAIN[:36])))

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ggufkit.errors import CheckpointError
+from ggufkit.errors import CheckpointError, GgufkitError
+from ggufkit.llamacpp.template import StoppedClock
 from ggufkit.llamacpp.workers import serve, time_limit
 from ggufkit.values import Json
 from ggufkit.verify import probe
@@ -67,7 +68,8 @@ def _kept(answer: dict[str, Json], name: str) -> Iterator[None]:
         yield
     except Exception as error:  # transformers raises whatever comes its way
         text = " ".join(str(error).split())[:400]
-        answer[name] = {"error": f"{type(error).__name__}: {text}"}
+        ours = isinstance(error, GgufkitError)
+        answer[name] = {"error": text if ours else f"{type(error).__name__}: {text}"}
 
 
 def _load_tokenizer(path: Path, trust: bool) -> Any:
@@ -97,6 +99,7 @@ def _tokens(tokenizer: Any) -> dict[str, Json]:
         *(("plain", text) for text in probe.PLAIN),
         *(("blank", text) for text in probe.BLANK),
         *(("rare", text) for text in probe.RARE),
+        *(("plain", text) for text in probe.normalized_lines(_normalizer(tokenizer))),
         *probe.added_lines(added),
     ]
     bare, whole = (
@@ -116,6 +119,12 @@ def _tokens(tokenizer: Any) -> dict[str, Json]:
             for name in ("bos", "eos", "pad", "unk")
         },
     }
+
+
+def _normalizer(tokenizer: Any) -> Json:
+    """What the tokenizer does to a text before it looks at it, as its file has it."""
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    return json.loads(normalizer.__getstate__()) if normalizer is not None else None
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -172,7 +181,7 @@ def _predictions(request: Json, tokenizer: Any, out: Path) -> dict[str, Json]:
     raw = json.loads((path / "config.json").read_bytes())
     text_config = config.get_text_config()
     if getattr(config, "is_encoder_decoder", False):
-        raise NotImplementedError("the model has an encoder and a decoder")
+        raise CheckpointError("the model has an encoder and a decoder")
     longest = int(getattr(text_config, "max_position_embeddings", None) or 1 << 30)
     length = probe.probe_length(raw, int(request["parameters"]), min(longest, 4096))
     tokens = _passage_tokens(tokenizer, length, int(text_config.vocab_size))
@@ -352,6 +361,9 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
     def prepare() -> None:
+        from transformers.utils import chat_template_utils
+
+        chat_template_utils.datetime = StoppedClock
         for module in ("modeling_utils", "models.auto.modeling_auto"):
             importlib.import_module(f"transformers.{module}")
 

@@ -113,7 +113,7 @@ def notes_of(facts: Mapping[str, Json]) -> tuple[str, ...]:
     if found is None:
         return ()
     if found == "skipped":
-        return ("not verified: --no-verify",)
+        return ("not compared with the checkpoint: --no-verify",)
     notes = [
         f"warning: {m['name']}: {m['message']}"
         + (" (allowed)" if m["name"] in found["allowed"] else "")
@@ -133,5 +133,5 @@ def notes_of(facts: Mapping[str, Json]) -> tuple[str, ...]:
     if "kl_mean" in figures:
         compared[-1] += f" (KL {figures['kl_mean']:.1e}, at most {figures['kl_max']:.1e})"
     if compared:
-        notes.append(f"verified against the checkpoint: {', '.join(compared)}")
+        notes.append(f"compared with the checkpoint: {', '.join(compared)}")
     return tuple(notes)

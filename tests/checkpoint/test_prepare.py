@@ -50,6 +50,15 @@ def test_a_sound_checkpoint_is_linked_as_it_is(checkpoint: Path, prepare: Prepar
     assert open_checkpoint(prepared.path).tensors == prepared.index.tensors
 
 
+def test_a_byte_order_mark_is_left_out(checkpoint: Path, prepare: Prepare) -> None:
+    config = (checkpoint / "config.json").read_bytes()
+    (checkpoint / "config.json").write_bytes(b"\xef\xbb\xbf" + config)
+    prepared = prepare(checkpoint)
+    assert (prepared.path / "config.json").read_bytes()[:1] == b"{"
+    assert read(prepared.path / "config.json") == json.loads(config)
+    assert any("byte order mark" in note for note in prepared.notes)
+
+
 # --- weights -------------------------------------------------------------------
 
 

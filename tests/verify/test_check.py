@@ -10,13 +10,13 @@ import pytest
 
 from ggufkit import pipeline
 from ggufkit.checkpoint.index import open_checkpoint
-from ggufkit.errors import UsageError
+from ggufkit.errors import ToolError, UsageError
 from ggufkit.llamacpp import observing, toolchain
 from ggufkit.llamacpp.gguf import read_gguf
 from ggufkit.llamacpp.observing import UnusableGGUFError, check_opens
 from ggufkit.llamacpp.toolchain import NativeBuild
 from ggufkit.llamacpp.workers import Worker, WorkerEndedError, worker
-from ggufkit.verify import reference
+from ggufkit.verify import check, reference
 from ggufkit.verify.check import Verifier, require_names, verify_opens_only
 from tests.factory import make_checkpoint
 from tests.verify.rewriting import rewrite
@@ -153,7 +153,9 @@ def test_a_gguf_whose_weights_are_no_numbers_is_refused(gguf: Path, tmp_path: Pa
 
 
 def test_without_a_checkpoint_the_file_is_opened_and_run(gguf: Path, tmp_path: Path) -> None:
-    assert verify_opens_only(gguf).mismatches == ()
+    found = verify_opens_only(gguf)
+    assert found.mismatches == ()
+    assert found.not_compared
     broken = rewrite(gguf, tmp_path / "broken.gguf", keys={"tokenizer.chat_template": "{% for %}"})
     assert [m.name for m in verify_opens_only(broken).errors] == ["template"]
 
@@ -173,6 +175,18 @@ def test_a_worker_that_ends_is_an_error_and_the_next_question_is_answered(gguf: 
     process.send_signal(signal.SIGKILL)
     process.wait()
     check_opens(gguf)
+
+
+def test_a_comparison_that_breaks_off_is_an_error(
+    checkpoint: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Worker("ggufkit.not.there")
+    monkeypatch.setattr(check, "worker", lambda _: asked)
+    with (
+        Verifier(open_checkpoint(checkpoint), stored="F32") as verifier,
+        pytest.raises(ToolError, match="transformers' process ended"),
+    ):
+        verifier.check(gguf)
 
 
 def test_the_last_words_of_a_worker_are_its_reason() -> None:
@@ -203,5 +217,5 @@ def test_convert_publishes_nothing_that_differs(tmp_path: Path, native: NativeBu
         assert manifest is not None
         found = manifest.facts["verification"]
         assert found == "skipped" if not verify.enabled else found["allowed"] == ["function"]
-        assert any("verified" in note for note in made.notes)
+        assert any("compared with the checkpoint" in note for note in made.notes)
     assert {t.type for t in read_gguf(made.path).tensors} == {"F32", "Q8_0"}

@@ -90,7 +90,7 @@ def test_wordpiece_is_stored_with_its_beginnings_marked() -> None:
 
 def test_end_tokens_of_the_checkpoint_must_end_answers() -> None:
     got = metadata(tokens=["a", "<e>", "<f>"])
-    assert compare.end_tokens([1], [1, 2], got) == []
+    assert compare.end_tokens([1, 99], [1, 2], got) == []
     (found,) = compare.end_tokens([1, 2], [1], got)
     assert names([found]) == [("end-tokens", True)]
     assert "'<f>' (2)" in found.message
@@ -107,7 +107,6 @@ def row(*texts: str, refused: str = "") -> dict[str, object]:
         (row("a", "b"), {"text": "b"}, True),
         (row("a"), {"text": "c"}, False),
         (row("a"), {"refused": "no"}, False),
-        (row(refused="no"), {"refused": "no"}, True),
         # A runtime may know a form that the template takes.
         (row(refused="no"), {"text": "c"}, False),
     ],
@@ -118,6 +117,17 @@ def test_prompts_are_the_same_in_any_form_that_the_template_takes(
     found = compare.conversations([expected], [got])
     assert (not found) == same
     assert same or names(found) == [("template", True)]
+
+
+def test_a_template_that_renders_nothing_is_a_warning() -> None:
+    (found,) = compare.conversations([row(refused="no")], [{"refused": "broken"}])
+    assert (found.name, found.error) == ("template", False)
+    assert "no conversation can be rendered: broken" in found.message
+
+
+def test_a_conversation_that_both_refuse_is_none() -> None:
+    rows = [row("a"), row(refused="no")]
+    assert compare.conversations(rows, [{"text": "a"}, {"refused": "no"}]) == []
 
 
 def test_an_example_begins_where_prompts_part() -> None:
@@ -206,6 +216,30 @@ def test_a_probe_is_longer_than_a_window_that_is_affordable() -> None:
     assert len(probe.probe_positions(64)) == len(probe.probe_positions(536)) == 48
 
 
+def test_ids_are_shown_where_they_differ() -> None:
+    (found,) = compare.lines([["plain", "x", [1, 2, 3, 4, 5, 6]]], [[1, 2, 3, 4, 9, 6]])
+    assert "[... 2 3 4 5 6] in the checkpoint, [... 2 3 4 9 6]" in found.message
+
+
+def test_a_quantized_file_that_is_far_away_is_suspicious() -> None:
+    assert compare.far({"kl_mean": 0.3}) == []
+    assert names(compare.far({"kl_mean": 3.2})) == [("function", False)]
+    assert compare.far({}) == []
+
+
+def test_what_a_tokenizer_replaces_is_tried() -> None:
+    normalizer = {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "Replace", "pattern": {"String": "foo"}, "content": "bar"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+            {"type": "NFC"},
+        ],
+    }
+    assert probe.normalized_lines(normalizer) == ["before foo and foobehind"]
+    assert probe.normalized_lines(None) == []
+
+
 def test_errors_refuse_and_allowed_ones_are_notes() -> None:
     found = (Mismatch("function", True, "differs"), Mismatch("unusual-text", False, "odd"))
     verification = Verification(Path("m.gguf"), "model", found)
@@ -220,5 +254,7 @@ def test_errors_refuse_and_allowed_ones_are_notes() -> None:
         "warning: function: differs (allowed)",
         "warning: unusual-text: odd",
     )
-    assert notes_of({"verification": "skipped"}) == ("not verified: --no-verify",)
+    assert notes_of({"verification": "skipped"}) == (
+        "not compared with the checkpoint: --no-verify",
+    )
     assert notes_of({}) == ()
