@@ -20,7 +20,6 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +34,6 @@ from ggufkit.values import Artifact, FileDigest, Json, RunManifest, to_json
 
 MANIFEST = "manifest.json"
 _KEY_LENGTH = 12
-_POLL_SECONDS = 0.02
 _HASH_BLOCK = 1 << 20
 _GIB = 1 << 30
 _LOGS_KEPT = 50
@@ -137,12 +135,6 @@ class _DigestCache:
         known = self._known.get(str(path.absolute()))
         return bool(known and known[:3] == [stat.st_size, stat.st_mtime_ns, stat.st_ino])
 
-    def remember(self, path: Path, found: FileDigest) -> None:
-        stat = path.stat()
-        if stat.st_size == found.nbytes:
-            stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-            self._known[str(path.absolute())] = [*stamp, found.sha256]
-
     def moved(self, old: Path, new: Path) -> None:
         prefix = f"{old.absolute()}{os.sep}"
         for name in [n for n in self._known if n.startswith(prefix)]:
@@ -169,24 +161,6 @@ def _sha256(path: Path, nbytes: int, progress: Progress) -> str:
     return summer.hexdigest()
 
 
-def _hash_while_written(path: Path, written: threading.Event) -> FileDigest | None:
-    """The digest of a file that grows until ``written`` is set; None if it never comes."""
-    while not path.exists():
-        if written.wait(_POLL_SECONDS) and not path.exists():
-            return None
-    sha256, nbytes = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while True:
-            ended = written.is_set()
-            if block := file.read(_HASH_BLOCK):
-                sha256.update(block)
-                nbytes += len(block)
-            elif ended:
-                return FileDigest(sha256.hexdigest(), nbytes)
-            else:
-                written.wait(_POLL_SECONDS)
-
-
 class Store:
     """The models directory.
 
@@ -211,20 +185,11 @@ class Store:
 
     @contextlib.contextmanager
     def hashing(self, output: Path) -> Iterator[None]:
-        """Hash an output while it is written, from its beginning to its end.
-
-        Whoever writes it must not go back, and must be done when this is left. What was
-        hashed counts only if the file has that many bytes then.
-        """
-        written = threading.Event()
+        """Hash an output that is written to its end while it is being looked at otherwise."""
         with ThreadPoolExecutor(1) as pool:
-            followed = pool.submit(_hash_while_written, output, written)
-            try:
-                yield
-            finally:
-                written.set()
-            if found := followed.result():
-                self._digests.remember(output, found)
+            hashed = pool.submit(self._digests.digest, output, SILENT)
+            yield
+            hashed.result()
 
     def run(
         self,

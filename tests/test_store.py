@@ -1,9 +1,7 @@
 import errno
-import hashlib
 import json
 import os
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -212,32 +210,3 @@ def test_keys_do_not_hang_on_order() -> None:
     with pytest.raises(ValueError, match="Out of range"):
         canonical_json(float("nan"))
     json.loads(canonical_json(["ä"]))
-
-
-def test_an_output_is_hashed_while_it_is_written(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    output = tmp_path / "grows"
-    pieces = [bytes([n]) * 100_000 for n in range(20)]
-    with store.hashing(output), output.open("wb") as file:
-        for piece in pieces:
-            file.write(piece)
-            file.flush()
-            time.sleep(0.005)
-    assert store.knows([output])
-    expected = hashlib.sha256(b"".join(pieces)).hexdigest()
-    assert store.digest(output).sha256 == expected
-
-
-def test_an_output_that_was_cut_or_never_came_is_not_known(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    output = tmp_path / "cut"
-    with store.hashing(output):
-        output.write_bytes(b"123456")
-        time.sleep(0.2)
-        output.write_bytes(b"123")
-    assert not store.knows([output])
-    assert store.digest(output).sha256 == hashlib.sha256(b"123").hexdigest()
-    with store.hashing(tmp_path / "never"):
-        pass
-    with pytest.raises(ValueError, match="stop"), store.hashing(tmp_path / "failed"):
-        raise ValueError("stop")

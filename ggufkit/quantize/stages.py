@@ -130,24 +130,24 @@ def convert(
             fold(source)
         out = directory / f"{checkpoint.name}{suffix}-{outtype.upper()}.gguf"
         with verifying() if verifying else nullcontext(_opens) as compare:
-            with store.hashing(out):
-                ran = toolchain.convert_checkpoint(
-                    build,
-                    source,
-                    out,
-                    outtype=outtype,
-                    name=checkpoint.name,
-                    options=prepared.converter_options,
-                    report=report,
-                    started=converter(),
-                    log=store.log("convert"),
-                    progress=progress,
-                )
+            ran = toolchain.convert_checkpoint(
+                build,
+                source,
+                out,
+                outtype=outtype,
+                name=checkpoint.name,
+                options=prepared.converter_options,
+                report=report,
+                started=converter(),
+                log=store.log("convert"),
+                progress=progress,
+            )
             if fold:
                 # Not kept until publishing: disk is what a 7B model is short of.
                 shutil.rmtree(source.parent)
             read = json.loads(report.read_bytes())
-            verification = compare(out, read)
+            with store.hashing(out):
+                verification = compare(out, read)
         return {
             "peak_rss_nbytes": ran.peak_rss_nbytes,
             "mended": [*prepared.notes, *_filled_notes(read)],
