@@ -218,7 +218,10 @@ def passage() -> str:
     return " ".join(line.strip() for line in (*PLAIN[:36], *reversed(PLAIN[:36])))
 
 
-_LENGTH = 64
+_LENGTH, _SHORTEST = 64, 24
+_PARAMETERS_READ = 4e10
+"""Parameters times tokens that a probe without a window comes to at most, so that it stays
+a small share of a conversion."""
 _POSITIONS = 48
 _AFTER_WINDOW = 24
 _OPERATIONS = 3e11
@@ -237,7 +240,7 @@ def probe_length(config: Json, parameters: int, longest: int) -> int:
         longest: positions that the model knows.
     """
     window = sliding_window(config)
-    wanted = _LENGTH
+    wanted = max(_SHORTEST, min(_LENGTH, int(_PARAMETERS_READ / max(1, parameters))))
     if window and window + _AFTER_WINDOW > wanted:
         beyond = window + _AFTER_WINDOW
         wanted = beyond if beyond * parameters <= _OPERATIONS else wanted
@@ -259,7 +262,7 @@ def sliding_window(config: Json) -> int | None:
 def probe_positions(length: int) -> list[int]:
     """Positions of a passage of so many tokens whose predictions are compared."""
     if length <= _LENGTH:
-        return list(range(max(0, length - _POSITIONS), length))
+        return list(range(length - min(_POSITIONS, 3 * length // 4), length))
     half = _POSITIONS // 2
     early = range(_LENGTH // 2 - half // 2, _LENGTH // 2 + half // 2)
     return [*early, *range(length - half, length)]

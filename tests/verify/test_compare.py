@@ -209,7 +209,9 @@ def test_windows_beyond_the_probe(
 
 def test_a_probe_is_longer_than_a_window_that_is_affordable() -> None:
     assert probe.probe_length({"sliding_window": 512}, 10**6, 4096) == 536
-    assert probe.probe_length({"sliding_window": 4096}, 7 * 10**9, 4096) == 64
+    assert probe.probe_length({"sliding_window": 4096}, 7 * 10**9, 4096) == 24
+    assert probe.probe_length({}, 10**9, 4096) == 40
+    assert probe.probe_positions(24) == list(range(6, 24))
     assert probe.probe_length({}, 10**6, 4096) == 64
     assert probe.probe_length({}, 10**6, 32) == 32
     assert probe.probe_positions(536)[-24:] == list(range(512, 536))
