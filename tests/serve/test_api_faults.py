@@ -186,7 +186,7 @@ def test_a_client_that_stops_reading_is_cut_off() -> None:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.connect(api.address)
             client.sendall(request(body))
-            eventually(lambda: model.engine.metrics().running == 1)
+            eventually(lambda: model.engine.metrics().running >= 1)
             assert api.complete("y", max_tokens=3).status_code == 200, "others are served"
             eventually(lambda: model.engine.metrics().running == 0)
             eventually(lambda: not api.service.active)
