@@ -28,7 +28,7 @@ NOT_CONVERTED = {
     # the gathered one instead of yielding it.
     "stablelm_qk_norm": "Unprocessed norms",
     # llama.cpp's Qwen2-MoE has experts in every block.
-    "qwen2_moe_dense_layer": "Can not map tensor 'model.layers.1.mlp",
+    "qwen2_moe_dense_layer": "does not know what the tensor model.layers.1.mlp",
 }
 """What this converter cannot do, and the words in which it says so."""
 

