@@ -326,7 +326,7 @@ def test_llama_cpp_computes_what_the_floats_of_the_blocks_say(
     """The floats that packing says the blocks are, put into the float GGUF.
 
     What is left is that llama.cpp rounds activations to 8 bits when weights are blocks,
-    each processor's kernels in their own order: log perplexity differed by 0.002 to 0.008.
+    each processor's kernels in their own order: log perplexity differed by up to 0.008.
     """
     types = {t: t for t in ("q4_0", "q2_k", "iq4_xs")}
     results = pipeline.convert(
