@@ -103,7 +103,7 @@ MIXTURES = {
             ],
             "mlp_layer_types": ["hash_moe", "moe", "moe"],
         },
-        expected=refused("'num_hash_layers'"),
+        expected=refused("num_hash_layers"),
     ),
     "deepseek_v4_pub": Row(
         of="deepseek_v4",
@@ -227,7 +227,7 @@ MIXTURES = {
         expected=refused("only supports noaux_tc/sigmoid"),
     ),
     "dots3_note_pub": Row(
-        of="dots3_note", steps=(NOAUX,), expected=refused("'swa_qk_nope_head_dim'")
+        of="dots3_note", steps=(NOAUX,), expected=refused("swa_qk_nope_head_dim")
     ),
     # transformers 5.23 takes 10000 whatever the config says.
     "dbrx_10000": Row("Dbrx", DBRX | {"attn_config": DBRX_ATTENTION | {"rope_theta": 1e4}}),

@@ -69,7 +69,7 @@ SEEING = {
             "index_kpool": 16,
         },
         parts=SEES,
-        expected=refused("'linear_attn_config'"),
+        expected=refused("linear_attn_config"),
     ),
     "glm5_next_pub": Row(
         of="glm5_next",
