@@ -131,17 +131,16 @@ def _kinds(added: Sequence[Json], metadata: Metadata) -> list[Mismatch]:
     ]
 
 
-_SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+_SPECIAL = {"bos": "bos", "unk": "unknown"}
+"""transformers' names of special tokens to those of the format."""
 
 
 def _special(expected: Mapping[str, int | None], metadata: Metadata) -> list[Mismatch]:
     got = metadata.special_tokens
     wrong = {
-        name: (expected[name], got[_SPECIAL[name]][0])
-        for name in ("bos", "unk")
-        if expected.get(name) is not None
-        and _SPECIAL[name] in got
-        and got[_SPECIAL[name]][0] != expected[name]
+        name: (expected[name], got[key][0])
+        for name, key in _SPECIAL.items()
+        if expected.get(name) is not None and key in got and got[key][0] != expected[name]
     }
     return [
         Mismatch(

@@ -7,9 +7,6 @@ from typing import Any
 
 from ggufkit.values import Json
 
-VERSION = 1
-"""Raised when anything here changes: answers that are kept are then asked for again."""
-
 PLAIN = (
     "A grey heron waited by the pond until the frogs had gone to sleep.",
     "Hedgehogs sleep under leaves in winter; they don't like it, and we'll see they're fine.",

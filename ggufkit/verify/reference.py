@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,16 +108,12 @@ def _tokens(tokenizer: Any) -> dict[str, Json]:
     at = next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)
     size = max(texts, default=-1) + 1
     return {
-        "class": type(tokenizer).__name__,
         "texts": [texts.get(n) for n in range(size)],
         "added": added,
         "lines": [[kind, text, encode(tokenizer, text)] for kind, text in lines],
         "begin": whole[:at],
         "end": whole[at + len(bare) :],
-        "special": {
-            name: getattr(tokenizer, f"{name}_token_id", None)
-            for name in ("bos", "eos", "pad", "unk")
-        },
+        "special": {name: getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "unk")},
     }
 
 
@@ -197,18 +193,8 @@ def _predictions(request: Json, tokenizer: Any, out: Path) -> dict[str, Json]:
         "tokens": tokens,
         "positions": positions,
         "rounded": rounded is not None,
-        "class": type(model).__name__,
-        "defaults": _differs_from_default(config),
         **loading,
     }
-
-
-def _differs_from_default(config: Any) -> list[str]:
-    """Keys of a config whose values are not its class' own."""
-    try:
-        return sorted(config.get_text_config().to_diff_dict())
-    except Exception:  # a config that cannot be made without arguments has no defaults
-        return []
 
 
 def _passage_tokens(tokenizer: Any, length: int, vocabulary: int) -> list[int]:
@@ -260,8 +246,8 @@ def _streaming(maker: Any, config: Any, scratch: Path, options: Json) -> dict[st
     from accelerate import init_empty_weights
 
     with init_empty_weights():
-        make = getattr(maker, "_from_config", None) or maker.from_config
-        empty = make(config, **options) if maker.__name__.startswith("Auto") else maker(config)
+        named = not hasattr(maker, "from_config")  # a class of its own, no AutoModel
+        empty = maker(config) if named else maker.from_config(config, **options)
     lists = {
         name: module
         for name, module in empty.named_modules()
@@ -287,7 +273,7 @@ def _forward(
     import torch
 
     ids = torch.tensor([tokens] * (2 if halves else 1))
-    with _rounding_second(model, stored) if halves else _nothing():
+    with _rounding_second(model, stored) if halves else nullcontext():
         logits = model(input_ids=ids, use_cache=False, **_keeping(model, positions)).logits
     if logits.shape[1] != len(positions):
         logits = logits[:, positions]
@@ -305,11 +291,6 @@ def _keeping(model: Any, positions: list[int]) -> dict[str, Any]:
     if known is None or known.annotation in (int, "int"):
         return {}
     return {"logits_to_keep": torch.tensor(positions)}
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 @contextmanager

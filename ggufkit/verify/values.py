@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ggufkit.errors import GgufkitError
-from ggufkit.values import Json
+from ggufkit.values import Json, to_json
 
 NAMES = (
     "tokens",
@@ -81,9 +81,7 @@ class Verification:
         """What a manifest keeps of it."""
         return {
             "against": self.against,
-            "mismatches": [
-                {"name": m.name, "error": m.error, "message": m.message} for m in self.mismatches
-            ],
+            "mismatches": to_json(self.mismatches),
             "allowed": list(self.allowed),
             "figures": dict(self.figures),
             "not_compared": list(self.not_compared),
