@@ -30,19 +30,11 @@ leak_option = click.option(
 
 def fetch_options(command: _Command) -> _Command:
     """Options that say how a model is found; the command gets ``fetch``."""
-
-    def wrapped(*args: Any, **given: Any) -> Any:
-        fetch = FetchOptions(
-            given.pop("hub"),
-            given.pop("revision"),
-            given.pop("trust_remote_code"),
-            given.pop("allow_pickle"),
-        )
-        return command(*args, fetch=fetch, **given)
-
-    return decorate(
-        wrapped,
+    return gathered(
         command,
+        "fetch",
+        FetchOptions,
+        ("hub", "revision", "trust_remote_code", "allow_pickle"),
         click.option(
             "--hub",
             type=click.Choice(["huggingface", "modelscope"]),
@@ -60,19 +52,11 @@ def calibration_options(command: _Command) -> _Command:
     """Options that say what is looked at; the command gets ``calibration``."""
     default = Calibration()
 
-    def wrapped(*args: Any, **given: Any) -> Any:
-        calibration = Calibration(
-            given.pop("calibration"),
-            given.pop("calibration_samples"),
-            given.pop("calibration_length"),
-            given.pop("column"),
-            given.pop("seed"),
-        )
-        return command(*args, calibration=calibration, **given)
-
-    return decorate(
-        wrapped,
+    return gathered(
         command,
+        "calibration",
+        Calibration,
+        ("calibration", "calibration_samples", "calibration_length", "column", "seed"),
         click.option(
             "--calibration",
             metavar="TEXT",
@@ -151,13 +135,11 @@ def rounding_options(command: _Command) -> _Command:
     """Options that say how weights are rounded; the command gets ``rounding``."""
     default = RoundingOptions()
 
-    def wrapped(*args: Any, **given: Any) -> Any:
-        rounding = RoundingOptions(given.pop("rounding"), given.pop("refine"))
-        return command(*args, rounding=rounding, **given)
-
-    return decorate(
-        wrapped,
+    return gathered(
         command,
+        "rounding",
+        RoundingOptions,
+        ("rounding", "refine"),
         click.option(
             "--rounding",
             type=click.Choice(["ggml", "gptq"]),
@@ -175,14 +157,11 @@ def rounding_options(command: _Command) -> _Command:
 
 def verify_options(command: _Command) -> _Command:
     """Options that say how a GGUF is compared with its checkpoint; the command gets ``verify``."""
-
-    def wrapped(*args: Any, **given: Any) -> Any:
-        verify = VerifyOptions(given.pop("verified"), tuple(given.pop("allowed")))
-        return command(*args, verify=verify, **given)
-
-    return decorate(
-        wrapped,
+    return gathered(
         command,
+        "verify",
+        VerifyOptions,
+        ("verified", "allowed"),
         click.option(
             "--verify/--no-verify",
             "verified",
@@ -198,6 +177,26 @@ def verify_options(command: _Command) -> _Command:
             help="Let a difference of this name pass, noted in the manifest; may be repeated.",
         ),
     )
+
+
+def gathered(
+    command: _Command, name: str, make: Callable[..., Any], given: tuple[str, ...], *options: Any
+) -> _Command:
+    """Hang options on a command that gets one value of them.
+
+    Args:
+        command: the command.
+        name: of the value among its arguments.
+        make: makes it of the options, in their order.
+        given: the options' names.
+        options: the options.
+    """
+
+    def wrapped(*args: Any, **values: Any) -> Any:
+        value = make(*(values.pop(option) for option in given))
+        return command(*args, **{name: value}, **values)
+
+    return decorate(wrapped, command, *options)
 
 
 def decorate(wrapped: Any, command: _Command, *options: Any) -> _Command:
